@@ -1,0 +1,27 @@
+# Sourced by the other scripts: makes .venv in the root of the clone if it is missing,
+# installs mljax with the extras named in $1 (like "[test]") and sets $python.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ ! -x .venv/bin/python ]; then
+    base=${PYTHON:-python3}
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "error: mljax needs Python 3.11 or newer as $base; name one: PYTHON=python3.12 bash $0" >&2
+        exit 1
+    fi
+    "$base" -m venv .venv || {
+        rm -rf .venv
+        echo "error: $base cannot make a virtual environment; install its venv module (on Debian: apt install python3-venv)" >&2
+        exit 1
+    }
+fi
+python=$PWD/.venv/bin/python
+# Installing again is only needed when what is asked for has changed.
+wanted=$(cat pyproject.toml <(echo "${1:-}") | cksum)
+if [ "$(cat ".venv/installed${1:-}" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing mljax${1:-} into .venv (a few minutes the first time) ..."
+    "$python" -m pip install --quiet --disable-pip-version-check --editable ".${1:-}" || {
+        echo "error: the installation failed; the lines above say why" >&2
+        exit 1
+    }
+    echo "$wanted" >".venv/installed${1:-}"
+fi
