@@ -1,0 +1,22 @@
+"""Eight simulated CPU devices, and where the optional reference files are."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("MLJAX_SHARED", ROOT.parent / "shared"))
+
+
+def shared(name: str) -> Path:
+    """The path of a reference file beside the repository; skips where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name}, which is kept outside the repository")
+    return path
