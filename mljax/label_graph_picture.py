@@ -1,0 +1,114 @@
+"""The label graph as a picture: labels on a circle, an arrow for each edge."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_MOST_LABELS = 100  # of more, those without an edge are left out
+_MOST_EDGES = 400  # of more, the strongest are drawn
+
+
+def draw(
+    file: Path, class_names: Sequence[str], cooccurrence: np.ndarray, tau: float
+) -> None:
+    """Writes a PNG. Labels that go together stand together; isolated ones are grey.
+
+    Args:
+        file: the PNG to write.
+        class_names: of the rows and columns.
+        cooccurrence: [num_classes, num_classes], P(j | i) in row i.
+        tau: pairs from this probability on are edges; the darker, the stronger.
+    """
+    # The object interface: pyplot would pick a window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path as Curve
+
+    edges = cooccurrence >= tau
+    count, alone = edges.sum(), (~(edges.any(0) | edges.any(1))).sum()
+    text = f"{len(edges)} labels, {count} edges, {alone} labels without any\n"
+    text += f"i -> j: of the images with i, at least {tau:g} have j\n"
+    if count > _MOST_EDGES:
+        edges &= cooccurrence >= np.sort(cooccurrence[edges])[-_MOST_EDGES]
+        text += f"the {edges.sum()} strongest edges are shown; "
+    linked = np.logical_or(edges.any(0), edges.any(1))
+    shown = around_the_circle(edges)
+    if len(shown) > _MOST_LABELS:
+        shown = [i for i in shown if linked[i]]
+        text += f"labels without an edge here are left out ({len(shown)} are shown)"
+    angles = 2 * np.pi * np.arange(len(shown)) / max(1, len(shown))
+    at = dict(zip(shown, np.stack([np.cos(angles), np.sin(angles)], 1), strict=True))
+
+    figure = Figure(figsize=(11, 11.6), dpi=100)
+    FigureCanvasAgg(figure)
+    axis = figure.add_axes((0.02, 0.0, 0.96, 0.91))
+    axis.set_axis_off()
+    axis.set_aspect("equal")
+    axis.set(xlim=(-1.42, 1.42), ylim=(-1.42, 1.42))
+    colours = LinearSegmentedColormap.from_list("edges", ["#9cc3e6", "#08306b"])
+    strength = ScalarMappable(Normalize(min(tau, 0.99), 1), colours)
+    for i, j in sorted(np.argwhere(edges), key=lambda e: cooccurrence[tuple(e)]):
+        # Through a point nearer the centre: arrows between neighbours stay short, and
+        # those of the two directions do not fall on each other.
+        across = at[j] - at[i]
+        depth = 0.44 - 0.11 * np.hypot(*across)
+        middle = depth * (at[i] + at[j]) + across[::-1] * (-0.07, 0.07)
+        curve = Curve(
+            [at[i], middle, at[j]], [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3]
+        )
+        axis.add_patch(
+            FancyArrowPatch(
+                path=curve,
+                arrowstyle="-|>",
+                mutation_scale=11,
+                shrinkB=4,
+                color=strength.to_rgba(cooccurrence[i, j]),
+                linewidth=1.3,
+            )
+        )
+    size = float(np.clip(900 / max(1, len(shown)), 6, 13))
+    for i, angle in zip(shown, angles, strict=True):
+        colour = "#111111" if linked[i] else "#999999"
+        axis.plot(*at[i], "o", color=colour, markersize=size / 3)
+        x, y = 1.03 * at[i]
+        axis.text(
+            x,
+            y,
+            class_names[i],
+            color=colour,
+            fontsize=size,
+            rotation=np.degrees(angle) + (180 if x < 0 else 0),
+            rotation_mode="anchor",
+            ha="right" if x < 0 else "left",
+            va="center",
+        )
+    figure.text(0.02, 0.985, text, fontsize=12, va="top")
+    bar = figure.add_axes((0.72, 0.965, 0.25, 0.012))
+    figure.colorbar(strength, cax=bar, orientation="horizontal")
+    bar.set_xlabel("P(j | i)", fontsize=9)
+    figure.savefig(file)
+
+
+def around_the_circle(edges: np.ndarray) -> list[int]:
+    """All labels, each followed by its neighbours; the largest groups come first.
+
+    Args:
+        edges: bool [num_classes, num_classes].
+    """
+    linked = edges | edges.T
+    groups, seen = [], set()
+    for start in np.argsort(-linked.sum(1), kind="stable"):
+        group, waiting = [], [int(start)]
+        while waiting:
+            label = waiting.pop()
+            if label in seen:
+                continue
+            seen.add(label)
+            group.append(label)
+            waiting += [int(i) for i in np.flatnonzero(linked[label])]
+        groups.append(group)
+    return [label for group in sorted(groups, key=len, reverse=True) for label in group]

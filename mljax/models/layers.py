@@ -1,0 +1,374 @@
+"""The layers that the models are made of; NHWC maps, torch's names and semantics.
+
+Every layer takes `dtype`, the type of its activations: float32, bfloat16 or float64.
+Parameters and statistics are kept in float32 at least. Each layer that stores a
+weight in another layout than torch says so in `torch_axes`, which `import_torch`
+reads.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from mljax.models import cpu
+
+Padding = int | str  # pixels on every side, or "same": TensorFlow's SAME
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "hard_swish": jax.nn.hard_swish,  # x relu6(x + 3) / 6
+}
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """float32 for float32 and the half types, float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def draw(
+    rngs: nnx.Rngs,
+    distribution: str,
+    shape: Iterable[int],
+    scale: float,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Random initial values: N(0, scale^2) for "normal", +-scale for "uniform".
+
+    Drawn with numpy, seeded by the next key of `rngs`: jax.random compiles a program
+    for every shape, which takes minutes for a whole network. Under a trace
+    (`nnx.eval_shape`, `jax.jit`) there is no key to read and jax.random is used.
+    """
+    shape, dtype = tuple(shape), at_least_float32(dtype)
+    key = rngs.params()
+    if isinstance(key, jax.core.Tracer):
+        if distribution == "normal":
+            return scale * jax.random.normal(key, shape, dtype)
+        return jax.random.uniform(key, shape, dtype, -scale, scale)
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    if distribution == "normal":
+        values = scale * generator.standard_normal(shape)
+    else:
+        values = generator.uniform(-scale, scale, shape)
+    return jnp.asarray(values, dtype)
+
+
+def wide_einsum(
+    equation: str,
+    x: jax.Array,
+    y: jax.Array,
+    precision: lax.Precision | None = None,
+) -> jax.Array:
+    """jnp.einsum of two arrays, summed up and returned in float32 at least."""
+    wide = at_least_float32(jnp.promote_types(x.dtype, y.dtype))
+    if jax.default_backend() == "cpu":  # has no bfloat16 x bfloat16 -> float32
+        x, y = x.astype(wide), y.astype(wide)
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=wide)
+
+
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Zeroes a share `rate` of the entries and scales the others by 1 / (1 - rate).
+
+    Raises ValueError where it would drop something and there is no `rngs`.
+    """
+    if rate == 0:
+        return x
+    if rngs is None:
+        raise ValueError("dropout in training needs rngs=nnx.Rngs(...)")
+    keep = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def pool(x: jax.Array, kind: str) -> jax.Array:
+    """One vector an image: [batch, H, W, C] -> [batch, C].
+
+    kind: "avg", "max" or "avg+max" (their sum). Averages are taken in float32 at
+    least. Raises ValueError for another kind.
+    """
+    if kind not in ("avg", "max", "avg+max"):
+        raise ValueError(f"pool is {kind!r}; choose avg, max or avg+max")
+    if kind == "max":
+        return jnp.max(x, (1, 2))
+    mean = jnp.mean(x, (1, 2), dtype=at_least_float32(x.dtype)).astype(x.dtype)
+    return mean if kind == "avg" else mean + jnp.max(x, (1, 2))
+
+
+def _pads(
+    size: tuple[int, ...], kernel: int, stride: int, padding: Padding
+) -> cpu.Pads:
+    """Zeros (before, after) the rows and the columns of a map of this size.
+
+    TensorFlow's SAME gives ceil(size / stride) outputs and puts the odd zero after:
+    at stride 2 it differs from `kernel // 2` on both sides, and depends on the size.
+    """
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+
+    def same(n: int) -> tuple[int, int]:
+        total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
+        return total // 2, total - total // 2
+
+    return same(size[0]), same(size[1])
+
+
+def _check_padding(padding: Padding) -> Padding:
+    if padding != "same" and not isinstance(padding, int):
+        raise ValueError(f"padding is {padding!r}; give a number of pixels or 'same'")
+    return padding
+
+
+class Frozen(nnx.BatchStat):
+    """A constant that is part of the weights: saved and exported, never trained.
+
+    It travels with the batch statistics, so that neither gradients, nor SAM, nor weight
+    decay see it, whatever their settings.
+    """
+
+
+class Stack(nnx.Module):
+    """Layers run one after the other; they are named "0", "1", ... as in torch."""
+
+    def __init__(self, layers: Iterable[nnx.Module]):
+        self.length = 0
+        for layer in layers:
+            setattr(self, str(self.length), layer)
+            self.length += 1
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for i in range(self.length):
+            x = getattr(self, str(i))(x, train=train)
+        return x
+
+
+class Conv(nnx.Module):
+    """2-D convolution: [batch, H, W, inputs] -> [batch, H', W', outputs].
+
+    weight [kernel, kernel, inputs, outputs], drawn N(0, 2 / (kernel^2 outputs)) as
+    timm does for its efficient networks and for ResNets; bias zero.
+    """
+
+    torch_axes = {"weight": (2, 3, 1, 0)}  # OIHW -> HWIO
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: Padding = 0,
+        bias: bool = False,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel, kernel, inputs, outputs)
+        std = math.sqrt(2 / (kernel * kernel * outputs))
+        self.weight = nnx.Param(draw(rngs, "normal", shape, std, dtype))
+        zeros = jnp.zeros(outputs, at_least_float32(dtype))
+        self.bias = nnx.Param(zeros) if bias else None
+        self.kernel, self.stride = kernel, stride
+        self.padding, self.dtype = _check_padding(padding), dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
+        if self.kernel == 1:  # a matrix product is twice as fast as lax.conv on CPU
+            x = x[:, :: self.stride, :: self.stride]
+            # As two matrices: the gradient of a product of more dimensions goes
+            # through a transposed copy of the whole map.
+            flat = x.reshape(-1, x.shape[-1]) @ weight[0, 0]
+            x = flat.reshape(*x.shape[:-1], -1)
+        else:
+            pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
+            x = lax.conv_general_dilated(
+                x,
+                weight,
+                (self.stride, self.stride),
+                pads,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+
+
+class DepthwiseConv(nnx.Module):
+    """A filter of its own for each channel: [batch, H, W, C] -> [batch, H', W', C].
+
+    weight [kernel, kernel, 1, C], drawn N(0, 2 / kernel^2) as in timm. On the CPU
+    backend it runs as shifted slices (`cpu.depthwise_conv`).
+    """
+
+    torch_axes = {"weight": (2, 3, 1, 0)}  # [C, 1, k, k] -> [k, k, 1, C]
+
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: Padding = 0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel, kernel, 1, channels)
+        std = math.sqrt(2 / (kernel * kernel))
+        self.weight = nnx.Param(draw(rngs, "normal", shape, std, dtype))
+        self.kernel, self.stride = kernel, stride
+        self.padding, self.dtype = _check_padding(padding), dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
+        pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
+        if jax.default_backend() == "cpu":
+            return cpu.depthwise_conv(x, weight, self.stride, pads)
+        return lax.conv_general_dilated(
+            x,
+            weight,
+            (self.stride, self.stride),
+            pads,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+
+class Linear(nnx.Module):
+    """x [..., inputs] @ weight [inputs, outputs] + bias.
+
+    Weight and bias uniform +-1/sqrt(inputs), as torch's nn.Linear.
+    """
+
+    torch_axes = {"weight": (1, 0)}
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nnx.Param(draw(rngs, "uniform", (inputs, outputs), bound, dtype))
+        self.bias = nnx.Param(draw(rngs, "uniform", (outputs,), bound, dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
+        return x @ weight + self.bias[...].astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalise_batch(
+    x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y, mean, biased variance) of x [..., C] over all axes but the last.
+
+    The derivative is given by hand (Ioffe & Szegedy 2015, section 3): it reads the
+    map twice where the one that autodiff derives reads it four times.
+    """
+    return _normalise_forward(x, weight, bias, eps)[0]
+
+
+def _normalise_forward(x, weight, bias, eps):
+    exact = x.astype(at_least_float32(x.dtype))
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(exact, axes)
+    var = jnp.mean(jnp.square(exact - mean), axes)
+    inverse = lax.rsqrt(var + eps)
+    y = (exact - mean) * (weight * inverse) + bias
+    return (y, mean, var), (x, weight, mean, inverse)
+
+
+def _normalise_backward(eps, saved, gradients):
+    x, weight, mean, inverse = saved
+    g, by_mean, by_var = gradients
+    axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+    centred = x.astype(g.dtype) - mean
+    by_bias = jnp.sum(g, axes)
+    by_weight = jnp.sum(g * centred, axes) * inverse
+    # dx = scale g + slope (x - mean) + offset, each [C].
+    scale = weight * inverse
+    slope = (2 * by_var - scale * inverse * by_weight) / count
+    offset = (by_mean - scale * by_bias) / count
+    by_x = scale * g + slope * centred + offset
+    kept = weight.dtype
+    return by_x.astype(x.dtype), by_weight.astype(kept), by_bias.astype(kept)
+
+
+_normalise_batch.defvjp(_normalise_forward, _normalise_backward)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over all axes but the last, as torch's BatchNorm2d.
+
+    In training the biased variance of the batch normalises and the unbiased one moves
+    `running_var` (Flax's own layer keeps the biased one there). `momentum` is torch's:
+    the weight of the new batch, so 0.1 is 0.9 in Flax. Statistics are computed in
+    float32 at least. Under a jit over a mesh the batch is the whole batch.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        kept = at_least_float32(dtype)
+        self.weight = nnx.Param(jnp.ones(features, kept))
+        self.bias = nnx.Param(jnp.zeros(features, kept))
+        self.running_mean = nnx.BatchStat(jnp.zeros(features, kept))
+        self.running_var = nnx.BatchStat(jnp.ones(features, kept))
+        self.eps, self.momentum, self.dtype = eps, momentum, dtype
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        weight, bias = self.weight[...], self.bias[...]
+        if train:
+            y, mean, var = _normalise_batch(x, weight, bias, self.eps)
+            self._move_statistics(mean, var, x.size // x.shape[-1])
+        else:
+            mean, var = self.running_mean[...], self.running_var[...]
+            exact = x.astype(at_least_float32(x.dtype))
+            y = (exact - mean) * (weight * lax.rsqrt(var + self.eps)) + bias
+        return y.astype(self.dtype)
+
+    def _move_statistics(self, mean: jax.Array, var: jax.Array, count: int) -> None:
+        unbiased = var * (count / max(count - 1, 1))
+        for stat, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            old = stat[...]
+            stat[...] = (old + self.momentum * (new - old)).astype(old.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalisation over the last axis, as torch's LayerNorm, in float32 at least."""
+
+    def __init__(
+        self, features: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32
+    ):
+        kept = at_least_float32(dtype)
+        self.weight = nnx.Param(jnp.ones(features, kept))
+        self.bias = nnx.Param(jnp.zeros(features, kept))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        exact = x.astype(at_least_float32(x.dtype))
+        centred = exact - jnp.mean(exact, -1, keepdims=True)
+        var = jnp.mean(jnp.square(centred), -1, keepdims=True)
+        scale = self.weight[...] * lax.rsqrt(var + self.eps)
+        return (centred * scale + self.bias[...]).astype(self.dtype)
+
+
+class PReLU(nnx.Module):
+    """max(x, 0) + weight min(x, 0) with one learned weight, 0.25 at first."""
+
+    def __init__(self, *, dtype: DTypeLike = jnp.float32):
+        self.weight = nnx.Param(jnp.full(1, 0.25, at_least_float32(dtype)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.where(x > 0, x, self.weight[...].astype(x.dtype) * x)
