@@ -1,0 +1,69 @@
+"""What every data source gives: labels, names, and a way to read image i."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+# TensorFlow only reads and decodes; the accelerators belong to JAX.
+tf.config.set_visible_devices([], "GPU")
+tf.config.set_visible_devices([], "TPU")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A list of labelled images that is read by index.
+
+    Attributes:
+        class_names: the name of each label column.
+        labels: int8 [num_images, num_classes]; 1 present, 0 absent, -1 unknown.
+        names: for each image its path, or what else a person can find it by.
+        read: int64 scalar tensor (the index) -> uint8 [height, width, 3]; traceable
+            by tf.data. Raises a `tf.errors.OpError` where the image is unreadable.
+        split: "train", "val" or "holdout".
+        content: gives one key per image; two images with the same content have the
+            same key. None: all images differ.
+    """
+
+    class_names: list[str]
+    labels: np.ndarray
+    names: list[str]
+    read: Callable[[tf.Tensor], tf.Tensor]
+    split: str
+    content: Callable[[], Sequence[Hashable]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, indices: np.ndarray, split: str | None = None) -> "Source":
+        """The images `indices` ([n] integers) as a source of their own, in that order.
+
+        `split` names the new source; None keeps the name.
+        """
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise ValueError(f"indices must be in [0, {len(self)})")
+        read, content = self.read, self.content
+
+        def taken() -> list[Hashable]:
+            keys = content() if content else range(len(self))
+            return [keys[i] for i in indices]
+
+        return replace(
+            self,
+            labels=self.labels[indices],
+            names=[self.names[i] for i in indices],
+            read=lambda i: read(tf.gather(tf.constant(indices), i)),
+            split=split or self.split,
+            content=taken,
+        )
+
+
+class Sources(NamedTuple):
+    """The images of a run; `holdout` is the part of train that chooses the epoch."""
+
+    train: Source
+    val: Source
+    holdout: Source | None

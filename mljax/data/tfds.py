@@ -1,0 +1,193 @@
+"""TensorFlow Datasets: any builder with an image and a sequence of class labels.
+
+`data.tfds_name` is the builder ("voc/2007", "coco/2014"), `data.root` the data
+directory of TFDS ("" for its own default), `data.train` and `data.val` are splits as
+TFDS writes them ("train+validation", "test[:50%]"). The labels are the first feature
+that is a sequence of class labels, or of objects with one: "labels" for VOC,
+"objects/label" for COCO; `data.tfds_labels` names another. With "labels_no_difficult"
+of VOC a class that shows only in objects marked difficult is unknown (-1), as in the
+VOC evaluation.
+
+A data set is read once from end to end at the start, and its encoded images are kept in
+memory: the files of TFDS give no access by index.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from mljax.data.decode import decode
+from mljax.data.source import Source
+from mljax.errors import UserError
+
+_MEMORY_SHARE = 1 / 3  # of the machine's memory, for encoded images
+
+
+def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
+    """The splits data.train and data.val of the builder data.tfds_name.
+
+    Never downloads. Raises UserError where the data set is not prepared, has no fitting
+    features or is too large for the memory.
+    """
+    del seed
+    builder = _builder(data_config.tfds_name, data_config.root)
+    return {
+        split: _read_split(builder, data_config, split) for split in ("train", "val")
+    }
+
+
+def _builder(name: str, root: str) -> tfds.core.DatasetBuilder:
+    if not name:
+        raise UserError('data.tfds_name is empty: name a builder, such as "voc/2007"')
+    try:
+        return tfds.builder(name, data_dir=root or None, try_gcs=False)
+    except Exception as error:  # TFDS has no common type for "no such data set"
+        raise UserError(f"data.tfds_name={name!r}: {_first_line(error)}") from None
+
+
+def _read_split(
+    builder: tfds.core.DatasetBuilder, data_config: ConfigDict, split: str
+) -> Source:
+    name, max_pixels = data_config.tfds_name, data_config.max_pixels
+    image_key = _image_feature(name, builder.info.features)
+    label_key, class_names = _label_feature(name, data_config, builder.info.features)
+    unknown_key = "labels" if label_key == "labels_no_difficult" else None
+    keys = [k for k in builder.info.features if k.endswith("filename")]
+    name_key = keys[0] if keys else None
+
+    encoded: list[bytes] = []
+    names: list[str] = []
+    rows: list[np.ndarray] = []
+    room = _memory() * _MEMORY_SHARE
+    wanted = [k for k in (label_key, unknown_key, name_key) if k]
+    for example in _examples(builder, data_config, split, image_key, wanted):
+        row = np.zeros(len(class_names), np.int8)
+        if unknown_key:
+            row[_known(example, unknown_key)] = -1
+        row[_known(example, label_key)] = 1
+        rows.append(row)
+        names.append(
+            example[name_key].decode() if name_key else f"{name} {split} {len(names)}"
+        )
+        encoded.append(example[image_key])
+        room -= len(encoded[-1])
+        if room < 0:
+            raise UserError(
+                f"{name}: the images do not fit in a third of the memory; write them "
+                "to files with a list of annotations (data.name=annotations)"
+            )
+    if not rows:
+        raise UserError(f"{name}: data.{split}={data_config[split]!r} has no images")
+
+    # Numbers stand for names that TFDS does not know; their order is the builder's.
+    is_named = not all(n.isdigit() for n in class_names)
+    order = np.argsort(class_names) if is_named else np.arange(len(class_names))
+    tensor = tf.constant(encoded)
+    return Source(
+        class_names=[class_names[i] for i in order],
+        labels=np.stack(rows)[:, order],
+        names=names,
+        read=lambda index: decode(tf.gather(tensor, index), max_pixels),
+        split=split,
+        content=lambda: [hashlib.sha256(e).digest() for e in tensor.numpy()],
+    )
+
+
+def _examples(
+    builder: tfds.core.DatasetBuilder,
+    data_config: ConfigDict,
+    split: str,
+    image_key: str,
+    wanted: list[str],
+) -> Iterable[dict[str, Any]]:
+    """The examples of a split: the wanted features and the image's encoded bytes."""
+    name = data_config.tfds_name
+    features: dict[str, Any] = {image_key: True}
+    for key in wanted:
+        outer, _, inner = key.partition("/")
+        features |= {key: True} if key in builder.info.features else {outer: {inner}}
+    decoders = tfds.decode.PartialDecoding(
+        features, decoders={image_key: tfds.decode.SkipDecoding()}
+    )
+    try:
+        return tfds.as_numpy(
+            builder.as_dataset(
+                split=data_config[split], shuffle_files=False, decoders=decoders
+            )
+        )
+    except AssertionError:  # what TFDS raises for a data set that is not on disk
+        where = data_config.root or "the data directory of TFDS"
+        raise UserError(
+            f"{name} is not prepared in {where}: run `tfds build {name}` where there "
+            "is a network and set data.root to its data directory"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{name}: data.{split}={data_config[split]!r} is not one of its splits "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def _image_feature(name: str, features: tfds.features.FeaturesDict) -> str:
+    for key, feature in features.items():
+        if isinstance(feature, tfds.features.Image):
+            return key
+    raise UserError(f"{name} has no image feature: choose another data.tfds_name")
+
+
+def _label_feature(
+    name: str, data_config: ConfigDict, features: tfds.features.FeaturesDict
+) -> tuple[str, list[str]]:
+    """The key of the labels and the class names."""
+    found = _label_features(features)
+    if not found:
+        raise UserError(
+            f"{name} has no sequence of class labels: choose another data.tfds_name"
+        )
+    key = data_config.tfds_labels or next(iter(found))
+    if key not in found:
+        raise UserError(
+            f"{name}: data.tfds_labels={key!r} is not one of its sequences of class "
+            f"labels ({', '.join(found)})"
+        )
+    return key, found[key].names
+
+
+def _label_features(
+    features: tfds.features.FeaturesDict,
+) -> dict[str, tfds.features.ClassLabel]:
+    """Every sequence of class labels by key; last those in objects: "objects/label"."""
+    found, in_objects = {}, {}
+    for key, feature in features.items():
+        if not isinstance(feature, tfds.features.Sequence):
+            continue
+        inner = feature.feature
+        if isinstance(inner, tfds.features.ClassLabel):
+            found[key] = inner
+        elif isinstance(inner, tfds.features.FeaturesDict):
+            for part, label in inner.items():
+                if isinstance(label, tfds.features.ClassLabel):
+                    in_objects[f"{key}/{part}"] = label
+    return found | in_objects
+
+
+def _known(example: dict[str, Any], key: str) -> np.ndarray:
+    """The labels in an example; TFDS writes -1 for a label that it does not know."""
+    outer, _, inner = key.partition("/")
+    labels = example[key] if key in example else example[outer][inner]
+    return labels[labels >= 0]
+
+
+def _memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,210 @@
+import io
+import re
+import struct
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from data_trees import blocks, encode
+from PIL import Image, ImageOps
+
+from mljax.data import decode
+
+LIMIT = 10**6
+PIXELS = blocks()
+ALPHA = np.dstack([PIXELS, PIXELS[:, :, :1]])
+
+
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+def decoded(data):
+    return decode.decode(data, LIMIT)
+
+
+def by_pil(data: bytes) -> np.ndarray:
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    return np.asarray(image.convert("RGB"))
+
+
+def ycck(data: bytes) -> bytes:
+    """The same CMYK JPEG, its four channels taken as YCCK."""
+    at = data.index(b"Adobe") + 11
+    return data[:at] + b"\2" + data[at + 1 :]
+
+
+IMAGE = Image.fromarray(PIXELS)
+CMYK = encode(IMAGE.convert("CMYK"))
+FILES = {
+    "jpeg": encode(PIXELS),
+    "progressive": encode(PIXELS, progressive=True),
+    "grey": encode(IMAGE.convert("L")),
+    "cmyk": CMYK,
+    "ycck": ycck(CMYK),
+    "png": encode(PIXELS, "PNG"),
+    "png grey": encode(IMAGE.convert("L"), "PNG"),
+    "png grey and alpha": encode(IMAGE.convert("LA"), "PNG"),
+    "png black and white": encode(IMAGE.convert("1"), "PNG"),
+    "png palette": encode(IMAGE.convert("P"), "PNG"),
+    "png alpha": encode(ALPHA, "PNG"),
+    "bmp": encode(PIXELS, "BMP"),
+    "bmp grey": encode(IMAGE.convert("L"), "BMP"),
+    "bmp palette": encode(IMAGE.convert("P"), "BMP"),
+    "bmp 32 bits": encode(ALPHA, "BMP"),
+    "gif": encode(PIXELS, "GIF"),
+    "gif animation": encode(
+        PIXELS, "GIF", save_all=True, append_images=[Image.fromarray(255 - PIXELS)]
+    ),
+    "webp": encode(PIXELS, "WEBP"),
+    "webp lossless": encode(PIXELS, "WEBP", lossless=True),
+    "webp alpha": encode(ALPHA, "WEBP"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_agrees_with_pil(name):
+    np.testing.assert_array_equal(decoded(FILES[name]), by_pil(FILES[name]))
+
+
+def test_16_bits_keep_the_upper_8():
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    image = decoded(encode(values, "PNG"))
+    np.testing.assert_array_equal(image[:, :, 0], values >> 8)
+
+
+def exif_bytes(orientation: int, order: str) -> bytes:
+    """An Exif block whose first directory has three entries, orientation between."""
+    entries = [(0x010F, 2, 4, b"abc\0"), (0x0131, 2, 4, b"def\0")]
+    value = struct.pack(order + "HH", orientation, 0)
+    entries.insert(1, (0x0112, 3, 1, value))
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8)
+    body = struct.pack(order + "H", len(entries))
+    for tag, kind, count, value in entries:
+        body += struct.pack(order + "HHI", tag, kind, count) + value
+    return b"Exif\0\0" + head + body + struct.pack(order + "I", 0)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation(orientation, order):
+    data = encode(PIXELS, exif=exif_bytes(orientation, order))
+    assert decode.exif_orientation(data) == max(1, orientation % 9)
+    np.testing.assert_array_equal(decoded(data), by_pil(data))
+
+
+def test_exif_behind_other_segments():
+    plain = encode(PIXELS, comment=b"Exif\0\0 in a comment")
+    exif = exif_bytes(6, ">")
+    at = plain.index(b"\xff\xfe")  # the comment
+    end = at + 2 + int.from_bytes(plain[at + 2 : at + 4], "big")
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    assert decode.exif_orientation(plain) == 1
+    assert decode.exif_orientation(plain[:end] + segment + plain[end:]) == 6
+
+
+def test_damaged_exif_counts_as_upright():
+    data = bytearray(encode(PIXELS, exif=exif_bytes(6, "<")))
+    at = data.index(b"II*\0") + 4
+    for offset in (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0"):
+        data[at : at + 4] = offset
+        assert decode.exif_orientation(bytes(data)) == 1
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    data = bytearray(encode(PIXELS, "PNG"))
+    data[16:24] = struct.pack(">II", width, height)
+    return bytes(data)
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    data = bytearray(encode(PIXELS))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def gif_of_size(width: int, height: int) -> bytes:
+    data = encode(PIXELS, "GIF")
+    return data[:6] + struct.pack("<HH", width, height) + data[10:]
+
+
+def bmp_of_size(width: int, height: int) -> bytes:
+    data = encode(PIXELS, "BMP")
+    return data[:18] + struct.pack("<ii", width, height) + data[26:]
+
+
+def webp_of_size(width: int, height: int) -> bytes:
+    data = encode(PIXELS, "WEBP")
+    return data[:26] + struct.pack("<HH", width, height) + data[30:]
+
+
+def lossless_of_size(width: int, height: int) -> bytes:
+    data = encode(PIXELS, "WEBP", lossless=True)
+    packed = (width - 1) | (height - 1) << 14
+    return data[:21] + struct.pack("<I", packed) + data[25:]
+
+
+def alpha_of_size(width: int, height: int) -> bytes:
+    data = encode(ALPHA, "WEBP")
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return data[:24] + size + data[30:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        jpeg_of_size,
+        png_of_size,
+        gif_of_size,
+        bmp_of_size,
+        webp_of_size,
+        lossless_of_size,
+        alpha_of_size,
+    ],
+)
+def test_size_is_checked_before_decoding(make):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="1001 x 1000 pixels, more"
+    ):
+        decoded(make(1001, 1000))
+
+
+def test_bmp_with_rows_from_the_top():
+    data = bytearray(encode(PIXELS, "BMP"))
+    data[22:26] = struct.pack("<i", -len(PIXELS))
+    np.testing.assert_array_equal(decoded(bytes(data)), PIXELS[::-1])
+
+
+TRUNCATED = {
+    f"{name} {cut}": FILES[name][: len(FILES[name]) * cut // 100]
+    for name in ("jpeg", "progressive", "png", "bmp", "webp", "gif")
+    for cut in (20, 60, 99)
+}
+BROKEN = TRUNCATED | {
+    "empty": b"",
+    "text": b"<html>not found</html>",
+    "jpeg head only": b"\xff\xd8\xff",
+    "png head only": FILES["png"][:12],
+    "bmp black and white": encode(IMAGE.convert("1"), "BMP"),
+    "webp animation": encode(
+        PIXELS, "WEBP", save_all=True, append_images=[Image.fromarray(255 - PIXELS)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_errors(name):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decoded(BROKEN[name])
+
+
+def test_mutated_files_decode_or_are_errors():
+    rng = np.random.default_rng(0)
+    exif = encode(PIXELS, exif=exif_bytes(6, ">"))
+    for data in [exif, *(FILES[n] for n in ("png palette", "bmp palette", "webp"))]:
+        for _ in range(25):
+            changed = bytearray(data)
+            for at in rng.integers(0, min(len(data), 200), 3):
+                changed[at] = rng.integers(256)
+            try:
+                assert decoded(bytes(changed)).shape[2] == 3
+            except tf.errors.OpError as error:
+                assert re.search(r"\w", error.message)

@@ -1,0 +1,113 @@
+import importlib.util
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from data_trees import blocks, data_config
+
+from mljax.data import pipeline
+from mljax.data import tfds as rooms
+from mljax.errors import UserError
+
+
+def config_of(tmp_path, name, **changes):
+    given = dict(tfds_name=name, train="train", val="test")
+    return data_config(tmp_path, **{**given, **changes})
+
+
+@pytest.mark.parametrize(("name", "classes"), [("voc/2007", 20), ("coco/2014", 80)])
+def test_builders(tmp_path, name, classes):
+    config = config_of(tmp_path, name)
+    with tfds.testing.mock_data(num_examples=6):
+        sources = rooms.load(config)
+    train = sources["train"]
+    assert sources["val"].split == "val" and len(sources["val"]) == 6
+    assert train.labels.shape == (6, classes) and len(train.class_names) == classes
+    assert set(np.unique(train.labels)) == {0, 1} and len(set(train.content())) == 6
+    batch = next(
+        pipeline.train_batches(train, data_config=config, batch_size=4, seed=0)
+    )
+    assert batch["image"].shape == (4, 16, 16, 3) and batch["ok"].all()
+
+
+def test_voc_classes_and_difficult_objects(tmp_path, monkeypatch):
+    example = {
+        "image": b"",
+        "image/filename": b"1.jpg",
+        "labels": np.array([14, 0, 3, 14]),
+        "labels_no_difficult": np.array([14, 0]),
+    }
+    monkeypatch.setattr(rooms, "_examples", lambda *_: [example])
+    for name, difficult in (("labels", 1), ("labels_no_difficult", -1)):
+        config = config_of(tmp_path, "voc/2007", tfds_labels=name)
+        source = rooms.load(config)["train"]
+        assert source.class_names == sorted(source.class_names)
+        assert source.names == ["1.jpg"]
+        present = dict(zip(source.class_names, source.labels[0], strict=True))
+        expected = {"aeroplane": 1, "boat": difficult, "person": 1}
+        assert {c: v for c, v in present.items() if v} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "is not prepared in .*tfds build voc/2007"),
+        ({"tfds_name": ""}, "tfds_name is empty"),
+        ({"tfds_name": "no_such_data"}, "no_such_data not found"),
+        ({"tfds_name": "mnist"}, "mnist has no sequence of class labels"),
+        ({"tfds_labels": "no"}, r"'no' is not one .*\(labels, labels_no_difficult"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, changes, message):
+    config = config_of(tmp_path, "voc/2007", **changes)
+    with pytest.raises(UserError, match=message) as error:
+        rooms.load(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("importlib_resources") is None,
+    reason="TFDS needs importlib_resources to write a data set",
+)
+def test_a_prepared_data_set(tmp_path):
+    images = np.stack([blocks(i) for i in range(5)])
+    labels = [[0, 2], [1], [1, 1], [2], [0]]
+
+    def split(numbers):
+        def examples():
+            for i in numbers:
+                yield {"image": images[i], "labels": labels[i]}
+
+        signature = {
+            "image": tf.TensorSpec([40, 53, 3], tf.uint8),
+            "labels": tf.TensorSpec([None], tf.int64),
+        }
+        return tf.data.Dataset.from_generator(examples, output_signature=signature)
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mine",
+        version="1.0.0",
+        data_dir=str(tmp_path),
+        split_datasets={"train": split(range(3)), "test": split([3, 4])},
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(encoding_format="png"),
+                "labels": tfds.features.Sequence(
+                    tfds.features.ClassLabel(names=["z", "b", "a"])
+                ),
+            }
+        ),
+        disable_shuffling=True,
+    )
+    config = config_of(tmp_path, "mine")
+    sources = rooms.load(config)
+    assert sources["train"].class_names == ["a", "b", "z"]
+    np.testing.assert_array_equal(
+        sources["train"].labels, [[1, 0, 1], [0, 1, 0], [0, 1, 0]]
+    )
+    np.testing.assert_array_equal(sources["val"].labels, [[1, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(sources["val"].read(1), images[4])
+    config.val = "validation"
+    with pytest.raises(UserError, match="data.val='validation' is not one of its"):
+        rooms.load(config)
