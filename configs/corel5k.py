@@ -1,0 +1,30 @@
+"""Corel5k photos (128 x 128) from ImageNet weights, on a laptop CPU.
+
+python -m mljax.main --config configs/corel5k.py --workdir runs/corel5k \
+    --config.data.root=FOLDER --config.init_from=WEIGHTS.safetensors
+
+FOLDER holds train.json and val.json (36 labels, 4,213 / 466 photos); WEIGHTS is timm's
+tf_mobilenetv3_large_minimal_100. `:debug` runs one epoch on random weights.
+"""
+
+from ml_collections import ConfigDict
+
+from mljax.config import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = common()
+    config.epochs = 8
+    config.batch_size = 64
+    config.data.image_size = 128
+    config.model.backbone = "tf_mobilenetv3_large_minimal_100"
+    config.loss.aam.scale = 17.0
+    config.optim.lr = 0.005
+    config.ema.decay = 0.9993
+    config.train.log_every = 20
+    if arg == "debug":
+        config.epochs = 1
+        config.data.image_size = 32
+    elif arg:
+        raise ValueError(f"unknown variant {arg!r}; known: debug")
+    return config

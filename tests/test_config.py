@@ -1,0 +1,150 @@
+"""Configs: every mistake is one line that names the key."""
+
+import json
+
+import pytest
+
+from mljax import config as configs
+from mljax.errors import UserError
+
+FILES = sorted(p.stem for p in configs.config_folder().glob("*.py"))
+RECIPES = [name for name in FILES if name != "common"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("arg", ["", "debug"])
+def test_every_recipe_is_valid(name, arg):
+    config = configs.load(f"configs/{name}.py", arg)
+    if config.data.name == "annotations":
+        config.data.root = "somewhere"
+    configs.validate(config)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_unknown_variant_is_named(name):
+    with pytest.raises(UserError, match=r"no_such.*debug"):
+        configs.load(f"configs/{name}.py", "no_such")
+
+
+def test_no_recipe_names_a_path():
+    for name in RECIPES:
+        config = configs.load(f"configs/{name}.py")
+        assert config.data.root == "" and config.init_from == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("optim.lrr", "1", r"no key optim\.lrr; did you mean optim\.lr"),
+        ("loss.gamma_neg", "1", r"no key loss\.gamma_neg.*loss\.asl\.gamma_neg"),
+        ("optim", "1", r"no key optim\b"),
+        ("epochs", "1.5", r"config\.epochs=1\.5: must be a whole number"),
+        ("optim.lr", "fast", r"must be a number, like 0\.005"),
+        ("data.antialias", "maybe", "must be true or false"),
+    ],
+)
+def test_bad_override(key, text, message):
+    config = configs.common()
+    with pytest.raises(UserError, match=message) as error:
+        configs.override(config, key, text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("loss.asl.gamma_neg", "-1", r"loss\.asl\.gamma_neg = -1\.0: .* 0 or more"),
+        ("optim.lr", "nan", r"optim\.lr = nan: must be above 0"),
+        ("optim.lr", "inf", "must be above 0"),
+        ("epochs", "0", "must be above 0"),
+        ("optim.accumulate", "5", "batch_size = 84: must be divisible by"),
+        ("data.flip", "1.5", "must be between 0 and 1"),
+        ("optim.name", "sdg", "must be one of sgd, adamw, lamb"),
+        ("data.on_error", "ignore", "must be one of stop, skip"),
+    ],
+)
+def test_bad_value(key, text, message):
+    config = configs.common()
+    config.data.root = "somewhere"
+    configs.validate(config)
+    configs.override(config, key, text)
+    with pytest.raises(UserError, match=message):
+        configs.validate(config)
+
+
+def test_missing_root_says_what_to_do():
+    with pytest.raises(UserError, match=r"config\.data\.root is empty.*train\.json"):
+        configs.validate(configs.common())
+
+
+def test_batch_must_divide_over_devices():
+    config = configs.common()
+    with pytest.raises(UserError, match=r"batch_size = 84.*by 8.*\b(80|88)\b"):
+        configs.validate_devices(config, 8)
+    config.batch_size = 80
+    configs.validate_devices(config, 8)
+
+
+def test_evaluation_batch_must_divide_over_devices():
+    config = configs.common()
+    config.batch_size = 84
+    with pytest.raises(UserError, match=r"eval\.batch_size = 128.*by the 3 devices"):
+        configs.validate_devices(config, 3)
+
+
+@pytest.mark.parametrize("head", ["ml_decoder", "query2label", "csra"])
+@pytest.mark.parametrize(("key", "text"), [("pool", "max"), ("dropout", "0.5")])
+def test_settings_that_a_head_ignores_are_refused(head, key, text):
+    config = configs.common()
+    config.data.root = "somewhere"
+    config.model.head = head
+    configs.validate(config)
+    configs.override(config, f"model.{key}", text)
+    with pytest.raises(UserError, match=rf"model\.{key} = .* does nothing with"):
+        configs.validate(config)
+
+
+def test_overrides_keep_their_type_and_survive_json():
+    config = configs.common()
+    configs.override(config, "optim.lr", "1")
+    configs.override(config, "data.antialias", "False")
+    configs.override(config, "init_from", "a b.safetensors")
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert configs.from_dict(stored).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(arg=''", "SyntaxError"),
+        ("x = 1", "get_config"),
+        (
+            "from mljax.config import common\n"
+            "def get_config(arg=''):\n    c = common()\n    c.optim.lrr = 1",
+            "lrr",
+        ),
+        (
+            "from mljax.config import common\n"
+            "def get_config(arg=''):\n    c = common()\n    c.epochs = '3'",
+            "epochs",
+        ),
+        (
+            "from ml_collections import ConfigDict\n"
+            "def get_config(arg=''):\n    return ConfigDict({'epochs': 1})",
+            "missing",
+        ),
+        ("def get_config(arg=''):\n    return {}", "ConfigDict"),
+    ],
+)
+def test_bad_config_file(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        configs.load(str(file))
+    assert "\n" not in str(error.value) and "mine.py" in str(error.value)
+
+
+def test_missing_config_file_lists_what_there_is():
+    with pytest.raises(UserError, match=r"nope\.py.*configs/shapes\.py"):
+        configs.load("nope.py")
