@@ -1,0 +1,262 @@
+"""Schedules, parameter groups and optimisers: SGD, AdamW and LAMB from optax."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+# step -> value. A step that is a JAX array (a traced one too) gives a JAX value; an
+# int or a numpy array gives a float64 one without touching a device.
+Schedule = Callable[[Any], Any]
+PyTree = Any
+
+OPTIMIZERS = ("sgd", "adamw", "lamb")
+SCHEDULES = ("one_cycle", "cosine", "constant")
+
+
+class Optimizer(NamedTuple):
+    """Like an optax transformation, but told the global step.
+
+    init: params -> opt_state.
+    update: (grads, opt_state, params, step) -> (updates, opt_state); the updates are
+        added to the parameters (`optax.apply_updates`).
+    learning_rate: step -> learning rate of weights (biases: times bias_lr_factor).
+    """
+
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[PyTree, PyTree, PyTree, Any], tuple[PyTree, PyTree]]
+    learning_rate: Schedule
+
+
+def one_cycle(
+    peak: float,
+    total_steps: int,
+    pct_start: float = 0.2,
+    div_factor: float = 100.0,
+    final_div_factor: float = 1000.0,
+) -> Schedule:
+    """One-cycle learning rate, with the steps of PyTorch's OneCycleLR.
+
+    A cosine from peak / div_factor up to `peak` at step pct_start * total_steps - 1,
+    then one down to peak / div_factor / final_div_factor at step total_steps - 1,
+    where it stays.
+
+    Args:
+        peak: highest learning rate.
+        total_steps: length of the run, at least 1.
+        pct_start: share of the steps spent rising, in [0, 1].
+        div_factor: peak over the first learning rate.
+        final_div_factor: the first learning rate over the last.
+
+    Returns:
+        step -> learning rate, for scalars or arrays of steps; can be traced.
+
+    Raises:
+        ValueError: if total_steps or pct_start is out of range.
+
+    References:
+        Smith and Topin, "Super-Convergence" (2018), arXiv 1708.07120.
+    """
+    first = peak / div_factor
+    return _two_cosines(total_steps, pct_start, first, peak, first / final_div_factor)
+
+
+def one_cycle_momentum(
+    total_steps: int,
+    pct_start: float = 0.2,
+    base: float = 0.85,
+    maximum: float = 0.95,
+) -> Schedule:
+    """Momentum (Adam: b1) that mirrors `one_cycle`: maximum -> base -> maximum.
+
+    Raises:
+        ValueError: if total_steps or pct_start is out of range.
+    """
+    return _two_cosines(total_steps, pct_start, maximum, base, maximum)
+
+
+def cosine(peak: float, total_steps: int, pct_start: float = 0.0) -> Schedule:
+    """Linear warm-up over pct_start * total_steps steps, then a half cosine to 0.
+
+    Raises:
+        ValueError: if total_steps or pct_start is out of range.
+
+    References:
+        Loshchilov and Hutter, "SGDR" (2017), equation 5 without restarts,
+        arXiv 1608.03983.
+    """
+    _check(total_steps, pct_start)
+    warmup = pct_start * total_steps
+
+    def schedule(step: Any) -> Any:
+        xp = _numpy_of(step)
+        step = xp.clip(step, 0, total_steps - 1)
+        rise = xp.clip((step + 1) / max(warmup, 1.0), 0, 1)
+        left = xp.clip((total_steps - step) / max(total_steps - warmup, 1.0), 0, 1)
+        return peak * rise * _half_cosine(xp, left)
+
+    return schedule
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step."""
+    return lambda step: value
+
+
+def parameter_groups(
+    params: PyTree, decay_bias_and_norm: bool = False
+) -> tuple[PyTree, PyTree]:
+    """Which parameters are biases and which are decayed, by path and shape.
+
+    A parameter whose path ends in "bias" is a bias. Decayed is what has two or more
+    dimensions and is neither a bias, nor in a norm layer, nor a query embedding.
+
+    Args:
+        params: nested dict of arrays or shape structs.
+        decay_bias_and_norm: decay everything.
+
+    Returns:
+        (is_bias, is_decayed): trees like `params` with a bool for each array.
+    """
+
+    def is_bias(path: Any, _: Any) -> bool:
+        return _name(path).endswith("bias")
+
+    def is_decayed(path: Any, x: Any) -> bool:
+        name = _name(path)
+        exempt = name.endswith("bias") or "norm" in name or "query_embed" in name
+        return decay_bias_and_norm or (x.ndim > 1 and not exempt)
+
+    return (
+        jax.tree.map_with_path(is_bias, params),
+        jax.tree.map_with_path(is_decayed, params),
+    )
+
+
+def make_optimizer(
+    config: ConfigDict, batch_size: int, total_steps: int, params: PyTree
+) -> Optimizer:
+    """The optimiser of `config` (the `optim` part of configs/common.py).
+
+    Its schedules follow the step passed to `update`, not a count of updates, so a
+    skipped step does not delay them. Gradient clipping is the train step's matter.
+
+    Args:
+        config: name, lr, weight_decay, schedule and so on.
+        batch_size: images in one step, over all devices.
+        total_steps: steps in the whole run.
+        params: the parameters or their shapes, to tell the groups apart.
+
+    Raises:
+        ValueError: if config.name or config.schedule is unknown.
+    """
+    if config.name not in OPTIMIZERS:
+        raise ValueError(f"optim.name = {config.name!r}: must be one of {OPTIMIZERS}")
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"optim.schedule = {config.schedule!r}: must be one of {SCHEDULES}"
+        )
+    learning_rate = _learning_rate(config, batch_size, total_steps)
+    momentum = _momentum(config, total_steps)
+    is_bias, is_decayed = parameter_groups(params, config.decay_bias_and_norm)
+
+    def chain(lr: Any, mu: Any) -> optax.GradientTransformation:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=is_decayed)
+        if config.name == "sgd":
+            # L2: the decay enters the gradient before the momentum. As in PyTorch
+            # the learning rate is outside it: buffer = mu * buffer + gradient,
+            # weight -= lr * buffer.
+            rule = [decay, optax.trace(mu, nesterov=config.nesterov)]
+        else:
+            adam = optax.scale_by_adam(b1=mu, b2=config.b2, eps=config.eps)
+            rule = [adam, decay]  # decoupled: the decay is not rescaled by Adam
+            if config.name == "lamb":
+                rule.append(optax.scale_by_trust_ratio())
+        bias_lr = optax.masked(optax.scale(config.bias_lr_factor), is_bias)
+        return optax.chain(*rule, bias_lr, optax.scale(-lr))
+
+    def init(params: PyTree) -> PyTree:
+        return chain(0.0, 0.0).init(params)  # the state does not depend on the values
+
+    def update(
+        grads: PyTree, opt_state: PyTree, params: PyTree, step: Any
+    ) -> tuple[PyTree, PyTree]:
+        # optax's transformations take traced numbers as well as constants, so the
+        # chain is simply built with this step's values. The cast keeps a float32
+        # state float32 where float64 is enabled.
+        dtype = jax.tree.leaves(params)[0].dtype
+        lr = jnp.asarray(learning_rate(step), dtype)
+        mu = jnp.asarray(momentum(step), dtype)
+        return chain(lr, mu).update(grads, opt_state, params)
+
+    return Optimizer(init, update, learning_rate)
+
+
+def _learning_rate(config: ConfigDict, batch_size: int, total_steps: int) -> Schedule:
+    peak = config.lr
+    if config.lr_reference_batch:
+        peak = peak * batch_size / config.lr_reference_batch
+    if config.schedule == "one_cycle":
+        return one_cycle(
+            peak,
+            total_steps,
+            config.pct_start,
+            config.div_factor,
+            config.final_div_factor,
+        )
+    if config.schedule == "cosine":
+        return cosine(peak, total_steps, config.pct_start)
+    return constant(peak)
+
+
+def _momentum(config: ConfigDict, total_steps: int) -> Schedule:
+    if config.schedule == "one_cycle" and config.cycle_momentum:
+        return one_cycle_momentum(total_steps, config.pct_start)
+    return constant(config.momentum if config.name == "sgd" else config.b1)
+
+
+def _two_cosines(
+    total_steps: int, pct_start: float, start: float, middle: float, end: float
+) -> Schedule:
+    """start -> middle at step pct_start * total_steps - 1 -> end at the last step."""
+    _check(total_steps, pct_start)
+    turn = pct_start * total_steps - 1
+    last = total_steps - 1
+
+    def schedule(step: Any) -> Any:
+        xp = _numpy_of(step)
+        step = xp.clip(step, 0, last)
+        # Either part may be empty: a run that rises over one step is at its peak.
+        risen = step / turn if turn > 0 else 1.0
+        left = (last - step) / (last - turn) if last > turn else 1.0
+        return xp.where(
+            step <= turn,
+            start + (middle - start) * _half_cosine(xp, risen),
+            end + (middle - end) * _half_cosine(xp, left),
+        )
+
+    return schedule
+
+
+def _half_cosine(xp: Any, x: Any) -> Any:
+    """0 -> 1 over x in [0, 1]: (1 - cos(pi x)) / 2, without its cancellation near 0."""
+    return xp.sin(np.pi / 2 * x) ** 2
+
+
+def _numpy_of(step: Any) -> Any:
+    return jnp if isinstance(step, jax.Array) else np
+
+
+def _check(total_steps: int, pct_start: float) -> None:
+    if total_steps < 1:
+        raise ValueError(f"total_steps = {total_steps}: must be at least 1")
+    if not 0 <= pct_start <= 1:
+        raise ValueError(f"pct_start = {pct_start}: must be between 0 and 1")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,0 +1,292 @@
+"""The train step and the eval step: SAM, EMA, accumulation, clipping, bad steps.
+
+Both are plain functions of a state and a batch; the caller jits them:
+
+    train_step = jax.jit(make_train_step(...), donate_argnums=0)
+    state, metrics = train_step(state, batch)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mljax.optim import Optimizer
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+# (params, batch_stats, images, train=..., rng=...) -> (outputs, new batch_stats)
+Apply = Callable[..., tuple[jax.Array, PyTree]]
+# (uint8 images, rng or None) -> float images; rng asks for random augmentation
+Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes and a checkpoint keeps.
+
+    The fields `ema_params` and `ema_batch_stats` are None where there is no EMA.
+    """
+
+    step: jax.Array  # int32: steps done, the skipped ones too
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema_params: PyTree
+    ema_batch_stats: PyTree
+    skipped: jax.Array  # int32: non-finite steps so far
+    skipped_in_row: jax.Array  # int32: non-finite steps since the last good one
+
+
+def create_state(
+    params: PyTree, batch_stats: PyTree, optimizer: Optimizer, use_ema: bool
+) -> TrainState:
+    """A state at step 0, in which no two arrays share memory: it may be donated.
+
+    Args:
+        params: nested dict of arrays.
+        batch_stats: nested dict of arrays, {} for a model without BatchNorm.
+        optimizer: from `make_optimizer`.
+        use_ema: keep averages of both, which start as copies of them.
+    """
+
+    def copy(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+    params, batch_stats = copy(params), copy(batch_stats)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        ema_params=copy(params) if use_ema else None,
+        ema_batch_stats=copy(batch_stats) if use_ema else None,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def make_train_step(
+    apply: Apply,
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    optimizer: Optimizer,
+    preprocess: Preprocess,
+    *,
+    reduction: str,
+    seed: int,
+    sam_rho: float = 0.0,
+    sam_adaptive: bool = False,
+    sam_update_stats: str = "both",
+    ema_decay: float = 0.0,
+    accumulate: int = 1,
+    clip_norm: float = 0.0,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """One optimisation step: gradients, SAM, clipping, update, EMA.
+
+    A step whose loss, gradient or batch statistics are not finite changes nothing but
+    the counters. Random numbers depend on (seed, step) alone.
+
+    Args:
+        apply: the model, see `Apply`.
+        loss_fn: (outputs [batch, num_classes], labels [batch, num_classes]) -> scalar.
+        optimizer: from `make_optimizer`.
+        preprocess: see `Preprocess`; runs once a step, so both passes of SAM see the
+            same images.
+        reduction: how `loss_fn` reduces over the batch, "sum" or "mean": tells how the
+            parts of an accumulated batch are put together.
+        seed: of dropout and augmentation.
+        sam_rho: length of SAM's perturbation; 0 = no SAM (one pass).
+        sam_adaptive: perturb each weight in proportion to its square (ASAM).
+        sam_update_stats: which passes move the batch statistics, "both" or "first".
+        ema_decay: per step; 0 = no EMA (as `create_state` with use_ema=False).
+        accumulate: the batch is run in this many parts, one after the other. The
+            gradient is that of the whole batch, except that BatchNorm sees one part
+            at a time.
+        clip_norm: largest global norm of the gradient that is used; 0 = no clipping.
+        mesh: where parameters are sharded; they are gathered for the computation.
+
+    Returns:
+        step(state, batch) -> (state, metrics). The batch has `image` uint8
+        [batch, height, width, 3] and `labels` [batch, num_classes]. The metrics are
+        scalars: loss (with SAM that of the second pass), learning_rate, grad_norm
+        (before clipping), finite (bool), skipped, skipped_in_row.
+
+    Raises:
+        ValueError: if reduction or sam_update_stats is unknown, or, in the step, if
+            the batch cannot be divided into `accumulate` parts.
+
+    References:
+        Foret et al., "Sharpness-Aware Minimization" (2021), algorithm 1,
+        arXiv 2010.01412. Kwon et al., "ASAM" (2021), arXiv 2102.11600.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'reduction = {reduction!r}: must be "sum" or "mean"')
+    if sam_update_stats not in ("both", "first"):
+        raise ValueError(
+            f'sam_update_stats = {sam_update_stats!r}: must be "both" or "first"'
+        )
+
+    @jax.jit  # traced once for all parts and both passes; inlined where it is called
+    def part_gradient(
+        params: PyTree, batch_stats: PyTree, images: Any, labels: Any, rng: Any
+    ) -> tuple[jax.Array, PyTree, PyTree]:
+        def loss_of(params: PyTree) -> tuple[jax.Array, PyTree]:
+            outputs, stats = apply(
+                _gathered(params, mesh), batch_stats, images, train=True, rng=rng
+            )
+            return loss_fn(outputs, labels), stats
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return loss, grads, stats
+
+    def gradient(
+        params: PyTree, batch_stats: PyTree, images: Any, labels: Any, rng: Any
+    ) -> tuple[jax.Array, PyTree, PyTree]:
+        """Loss and gradient of the batch, and the batch statistics after it."""
+        images, labels = _parts(images, accumulate), _parts(labels, accumulate)
+        total: PyTree = ()
+        # A Python loop: the gradient of a convolution inside lax.scan is about 60
+        # times slower on the CPU backend.
+        for i in range(accumulate):
+            part_images, key = images[:, i], jax.random.fold_in(rng, i)
+            if i:
+                # Zero, but not before the last part is done. Otherwise XLA keeps the
+                # activations of all parts (on CPU even with an optimization_barrier).
+                wait = 0 * optax.tree.norm(total)
+                part_images += wait.astype(part_images.dtype)
+            loss, grads, batch_stats = part_gradient(
+                params, batch_stats, part_images, labels[:, i], key
+            )
+            part = (loss, grads)
+            total = jax.tree.map(jnp.add, total, part) if i else part
+        if reduction == "mean":
+            total = jax.tree.map(lambda x: x / accumulate, total)
+        return *total, batch_stats
+
+    def train_step(
+        state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        augment_key, first_key, second_key = jax.random.split(key, 3)
+        images, labels = preprocess(batch["image"], augment_key), batch["labels"]
+
+        loss, grads, stats = gradient(
+            state.params, state.batch_stats, images, labels, first_key
+        )
+        if sam_rho:
+            nearby = _ascend(state.params, grads, sam_rho, sam_adaptive)
+            loss, grads, second_stats = gradient(
+                nearby, stats, images, labels, second_key
+            )
+            if sam_update_stats == "both":
+                stats = second_stats
+
+        grad_norm = optax.tree.norm(grads)
+        if clip_norm:
+            # The 1e-6 is PyTorch's, so that equal settings give equal steps.
+            shrink = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, state.step
+        )
+        params = optax.apply_updates(state.params, updates)
+        new = replace(state, params=params, batch_stats=stats, opt_state=opt_state)
+        if ema_decay:
+            new = replace(
+                new,
+                ema_params=_average(state.ema_params, params, ema_decay),
+                ema_batch_stats=_average(state.ema_batch_stats, stats, ema_decay),
+            )
+
+        finite = _all_finite((loss, grad_norm, stats))
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new = replace(
+            new,
+            step=state.step + 1,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        return new, {
+            "loss": loss,
+            "learning_rate": jnp.asarray(optimizer.learning_rate(state.step)),
+            "grad_norm": grad_norm,
+            "finite": finite,
+            # Here too: the state is donated to the next step before these are read.
+            "skipped": new.skipped,
+            "skipped_in_row": new.skipped_in_row,
+        }
+
+    return train_step
+
+
+def make_eval_step(
+    apply: Apply, preprocess: Preprocess, *, mesh: Mesh | None = None
+) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
+    """(params, batch_stats, images uint8 [batch, height, width, 3]) -> outputs.
+
+    The outputs, [batch, num_classes], are at least float32.
+    """
+
+    def eval_step(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
+        images = preprocess(images, None)
+        outputs, _ = apply(_gathered(params, mesh), batch_stats, images, train=False)
+        return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+    return eval_step
+
+
+def half_life_decay(half_life: float, batch_size: int) -> float:
+    """The EMA decay per step after which half is forgotten in `half_life` images."""
+    return 0.5 ** (batch_size / half_life)
+
+
+def _ascend(params: PyTree, grads: PyTree, rho: float, adaptive: bool) -> PyTree:
+    """The worst point near `params`: w + e, SAM's equation 2 (ASAM's with T = |w|).
+
+    e = rho g / (|g| + 1e-12), or e = rho w^2 g / (| |w| g | + 1e-12).
+    """
+    if adaptive:
+        scaled = jax.tree.map(lambda w, g: jnp.abs(w) * g, params, grads)
+        step = rho / (optax.tree.norm(scaled) + 1e-12)
+        return jax.tree.map(lambda w, g: w + step * w**2 * g, params, grads)
+    step = rho / (optax.tree.norm(grads) + 1e-12)
+    return jax.tree.map(lambda w, g: w + step * g, params, grads)
+
+
+def _average(old: PyTree, new: PyTree, decay: float) -> PyTree:
+    # In this form what does not change (constants among the statistics) stays exact.
+    return jax.tree.map(lambda a, b: a + (1 - decay) * (b - a), old, new)
+
+
+def _gathered(params: PyTree, mesh: Mesh | None) -> PyTree:
+    """Whole parameters on every device of the mesh.
+
+    Left sharded, they would make XLA split convolutions over channels, with many
+    all-to-alls, instead of over the batch.
+    """
+    if mesh is None:
+        return params
+    return jax.lax.with_sharding_constraint(
+        params, NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def _parts(x: jax.Array, parts: int) -> jax.Array:
+    """[batch, ...] -> [batch / parts, parts, ...]: part i is x[i::parts].
+
+    Interleaved, because then a batch split over devices along its first dimension
+    stays so, and each part is split over them evenly.
+    """
+    if x.shape[0] % parts:
+        raise ValueError(f"{x.shape[0]} images cannot be run in {parts} equal parts")
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
