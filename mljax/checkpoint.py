@@ -1,0 +1,167 @@
+"""Saving and loading with Orbax. Nothing in a checkpoint is ever executed.
+
+`WORKDIR/checkpoints/STEP` holds the whole training state (the last two), `WORKDIR/best/
+STEP` the weights to use: `params` and `batch_stats`, averaged or raw, whichever was
+better. Both carry a JSON description (config, class names, progress).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from mljax.errors import UserError
+
+FORMAT = 1  # of the description; raised when older code could not read it
+_KEEP = 2  # the older one stays until the newer one is wholly written
+
+
+class Checkpoints:
+    """The steps saved in one folder. Every process calls every method."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._pending: Any = None
+        with _readable_errors(folder):
+            self._orbax = ocp.training.Checkpointer(
+                folder,
+                preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
+                cleanup_tmp_directories=True,
+            )
+
+    def latest(self) -> int | None:
+        """The newest step that was wholly written, or None."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
+        """Starts writing `state` in the background, once the last save has ended.
+
+        Raises:
+            UserError: this save or the one before could not be written.
+        """
+        self.wait()
+        with _readable_errors(self.folder):
+            self._pending = self._orbax.save_async(
+                step,
+                state,
+                force=True,
+                overwrite=True,
+                custom_metadata={"format": FORMAT, **about},
+            )
+
+    def wait(self) -> None:
+        """Returns once the last save is on the disk; raises as `save` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _readable_errors(self.folder):
+                pending.result()
+
+    def about(self, step: int) -> dict[str, Any]:
+        """The description saved with `step`."""
+        with _readable_errors(self.folder / str(step)):
+            found = self._orbax.checkpointables_metadata(step).custom_metadata
+        return check_format(found, self.folder / str(step))
+
+    def load(self, step: int, abstract: Any) -> Any:
+        """The state of `step` in the shapes, types and shardings of `abstract`."""
+        with _readable_errors(self.folder / str(step)):
+            return self._orbax.load(step, abstract)
+
+    def drop_after(self, step: int) -> None:
+        """Deletes what was saved after `step`: it will be computed again."""
+        for saved in list(self._orbax.checkpoints):
+            if saved.step > step:
+                self._orbax.delete(saved)
+
+    def close(self) -> None:
+        self.wait()
+        with _readable_errors(self.folder):
+            self._orbax.close()
+
+
+def check_format(found: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(found, dict) or "format" not in found:
+        raise UserError(f"{path}: is not a checkpoint of mljax")
+    if found["format"] > FORMAT:
+        raise UserError(
+            f"{path}: was written by a newer mljax (format {found['format']}, this one "
+            f"reads up to {FORMAT}); upgrade mljax"
+        )
+    return found
+
+
+def find_best(path: Path) -> Path:
+    """The saved step to use: `path` itself, or the best of a work directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    best = path / "best"
+    folder = best if best.is_dir() else path
+    steps = [int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()]
+    if steps:
+        return folder / str(max(steps))
+    if not (path / "_CHECKPOINT_METADATA").is_file():  # Orbax writes it last
+        raise UserError(f"{path}: holds no checkpoint (neither best/ nor a saved step)")
+    return path
+
+
+def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights of a saved step and its description.
+
+    Args:
+        path: a step written by `Checkpoints.save`, of `best/` or `checkpoints/`.
+
+    Returns:
+        `{"params", "batch_stats"}` as nested dicts of numpy arrays, and the
+        description (config, class_names, progress).
+    """
+    with _readable_errors(path):
+        # A saved step holds one checkpointable, "state".
+        about = check_format(ocp.checkpointables_metadata(path).custom_metadata, path)
+        found = ocp.metadata(path, checkpointable_name="state").metadata
+        wanted = {
+            name: jax.tree.map(_on_host, found[name])
+            for name in ("params", "batch_stats")
+        }
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            tree = ocp.load(path, wanted, checkpointable_name="state")
+    return jax.tree.map(jax.device_get, tree), about
+
+
+def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+class _readable_errors:
+    """Turns what Orbax raises into one line that names the folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, UserError | KeyboardInterrupt):
+            return
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        text = " ".join(str(c) for c in causes)
+        full = ("No space left", "File too large", "Disk quota", "RESOURCE_EXHAUSTED")
+        if any(sign in text for sign in full):
+            raise UserError(
+                f"{self.path}: the checkpoint could not be written (disk full or file "
+                "too large); free some space and run the same command again: the last "
+                "whole checkpoint is kept"
+            ) from error
+        reason = " ".join(str(causes[-1]).split())[:300]
+        kind_name = type(causes[-1]).__name__
+        raise UserError(f"{self.path}: {kind_name}: {reason}") from error

@@ -1,0 +1,90 @@
+"""A whole evaluation set, over all hosts, to exact metrics."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mljax import metrics
+from mljax.sharding import global_batch, to_host
+
+
+class Scores(NamedTuple):
+    """What a model says of every image, in the order of the source.
+
+    Attributes:
+        outputs: float32 `[num_images, num_classes]`, logits or cosines.
+        labels: int8 `[num_images, num_classes]` in {1, 0, -1}.
+        places: int64 `[num_images]`, the images' rows in the source.
+        unreadable: those among them that could not be read.
+    """
+
+    outputs: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
+    unreadable: np.ndarray
+
+
+def run(
+    eval_step: Callable[[Any, Any, jax.Array], jax.Array],
+    variants: Mapping[str, Mapping[str, Any]],
+    batches: Iterable[Mapping[str, np.ndarray]],
+    sharding: jax.sharding.NamedSharding,
+) -> dict[str, Scores]:
+    """Runs every variant over the batches, which are read once.
+
+    Args:
+        eval_step: (params, batch_stats, images) -> outputs `[batch, num_classes]`.
+        variants: name -> {"params", "batch_stats"}.
+        batches: of `data.pipeline.eval_batches`: this host's rows.
+        sharding: of a batch.
+
+    Returns:
+        name -> scores of all images of all hosts, each once, sorted by index.
+    """
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in variants}
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("labels", "index", "mask", "ok")
+    }
+    for batch in batches:
+        arrays = global_batch(batch, sharding)
+        # All variants are dispatched before the first one is waited for.
+        running = {
+            name: eval_step(v["params"], v["batch_stats"], arrays["image"])
+            for name, v in variants.items()
+        }
+        for name, result in running.items():
+            outputs[name].append(to_host(result))
+        for name, rows in columns.items():
+            rows.append(to_host(arrays[name]))
+    table = {name: np.concatenate(parts) for name, parts in columns.items()}
+    keep = np.flatnonzero(table["mask"])
+    keep = keep[np.argsort(table["index"][keep], kind="stable")]
+    index, ok = table["index"][keep], table["ok"][keep]
+    return {
+        name: Scores(
+            np.concatenate(parts).astype(np.float32)[keep],
+            table["labels"][keep],
+            index,
+            index[~ok],
+        )
+        for name, parts in outputs.items()
+    }
+
+
+def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any]:
+    """The metrics of `mljax.metrics` on scores.
+
+    Returns:
+        mAP, CP, CR, CF1, OP, OR, OF1 (probability > 0.5), and "per_class": AP by
+        column, None where a class has no positive.
+    """
+    ap = metrics.average_precision(scores.outputs, scores.labels)
+    return {
+        "mAP": metrics.mean_average_precision(scores.outputs, scores.labels),
+        **metrics.classification_report(
+            np.asarray(probabilities(scores.outputs)), scores.labels
+        ),
+        "per_class": [None if np.isnan(x) else float(x) for x in ap],
+    }

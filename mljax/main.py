@@ -1,0 +1,93 @@
+"""Train or evaluate: `python -m mljax.main --config configs/coco.py --workdir DIR`.
+
+Heavy imports wait until the flags and the config are known to be right, so that
+`--help` and a typing mistake answer at once.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from mljax import config as configs
+from mljax import memory
+from mljax.errors import UserError
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags; what begins with `--config.` becomes `overrides`, a list of pairs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mljax.main",
+        allow_abbrev=False,
+        description="Train or evaluate a multi-label image classifier.",
+        epilog="--config.KEY=VALUE overrides one key, for example "
+        "--config.optim.lr=0.01; configs/common.py lists them all.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="checkpoints, logs and results"
+    )
+    parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    args, rest = parser.parse_known_args(argv)
+    args.overrides = []
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            parser.error(f"unknown flag {name} (settings are --config.KEY=VALUE)")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                parser.error(f"{name} needs a value: {name}=VALUE")
+            value = rest.pop(0)
+        args.overrides.append((name.removeprefix("--config."), value))
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    # FILE may hold a colon of its own (a drive letter); ARG may not.
+    path, colon, arg = args.config.rpartition(":")
+    if not colon or os.path.isfile(args.config):
+        path, arg = args.config, ""
+    config = configs.load(path, arg)
+    for key, value in args.overrides:
+        configs.override(config, key, value)
+    configs.validate(config)
+
+    # TensorFlow only decodes images: no word from it, nor oneDNN, which it announces.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    from absl import logging
+
+    # Orbax tells of one failed write in six tracebacks, and then raises it as well.
+    logging.set_verbosity(logging.FATAL)
+    from mljax import train
+
+    if args.mode == "train":
+        train.train(config, args.workdir)
+    else:
+        train.evaluate_workdir(config, args.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # A full disk, a folder without permission: the name and the reason suffice.
+        if error.filename is None:
+            traceback.print_exc()
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    memory.restart_tuned()
+    sys.exit(main())

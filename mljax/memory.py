@@ -1,0 +1,43 @@
+"""Memory for XLA on the CPU: huge pages, kept between steps.
+
+XLA allocates the temporary buffers of every step anew. glibc gives large blocks back
+to the kernel at once, and fresh pages cost several times the arithmetic done on them:
+doubling a 67 MB array takes 19 ms, and 4 ms where the pages are kept. Pages of 2 MB
+instead of 4 KB make a training step of MobileNetV3 another fifth faster.
+"""
+
+import importlib.util
+import os
+import sys
+from importlib.metadata import entry_points
+
+# Heaps of threads are at most 64 MB, and larger blocks are mapped apart: so one heap,
+# which never maps and never shrinks. Read by glibc as the program starts; 2.35 is the
+# first with huge pages, and what a version does not know it leaves out.
+_TUNABLES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=1000000000000"
+)
+
+
+def restart_tuned() -> None:
+    """Starts this program again, with glibc's allocator set up for XLA on the CPU.
+
+    Only where it helps: on Linux, without accelerators (there the CPU only reads data,
+    with many threads, which one heap would hold up), and if GLIBC_TUNABLES is not set
+    already. To be called first of all, by a program of one process.
+    """
+    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
+        return
+    if _computes_on_cpu():
+        environment = os.environ | {"GLIBC_TUNABLES": _TUNABLES}
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, environment)
+
+
+def _computes_on_cpu() -> bool:
+    """Whether JAX will have no accelerator, told without starting a backend."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    plugins = entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None

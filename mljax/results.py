@@ -1,0 +1,156 @@
+"""From scores to what a person reads: rows, metrics.json, the table, the picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mljax import checkpoint, evaluate, pictures, workdir
+from mljax.data.source import Source, Sources
+from mljax.early_stopping import better_weights
+from mljax.errors import UserError
+from mljax.progress import Progress
+from mljax.run import Run
+from mljax.step import TrainState
+
+_MOST_CLASSES = 40  # a longer table shows the ends only
+
+
+def choose_judge(sources: Sources, config: ConfigDict) -> tuple[Source, str]:
+    """The images on which the best epoch is chosen, and what to call them.
+
+    Raises:
+        UserError: no class has a positive there, so that no mAP exists.
+    """
+    held = sources.holdout
+    if held is None:
+        judge, name = sources.val, "val"
+    else:
+        judge, name = held, f"{config.data.holdout:.0%} held out of train"
+    need_positives(judge, name)
+    return judge, name
+
+
+def need_positives(source: Source, name: str) -> None:
+    """Raises UserError if no class has a positive, so that there is no mAP."""
+    if not (source.labels == 1).any():
+        raise UserError(f"{name}: no image has a label, so there is no mAP to compute")
+
+
+def variants(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The weights to evaluate: "raw", and "ema" where there is one."""
+    found = {"raw": {"params": state.params, "batch_stats": state.batch_stats}}
+    if state.ema_params is not None:
+        ema = {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+        found["ema"] = ema
+    return found
+
+
+def row(
+    step: int,
+    epoch: int,
+    progress: Progress,
+    scores: Mapping[str, evaluate.Scores],
+    run: Run,
+) -> tuple[dict[str, Any], list[float | None]]:
+    """One line of metrics.jsonl, and the AP of every class (None: no positive)."""
+    reports = {k: evaluate.report(s, run.probabilities) for k, s in scores.items()}
+    raw = reports["raw"]["mAP"]
+    ema = reports["ema"]["mAP"] if "ema" in reports else None
+    _, weights = better_weights(raw, ema)
+    chosen = dict(reports[weights])
+    per_class = chosen.pop("per_class")
+    line = {
+        "step": step,
+        "epoch": epoch,
+        "loss": progress.end_of_epoch_loss(),
+        "mAP_raw": raw,
+        "mAP_ema": ema,
+        "weights": weights,
+        "skipped_steps": progress.skipped,
+        **chosen,
+    }
+    return line, per_class
+
+
+def write_summary(
+    folder: Path,
+    progress: Progress,
+    history: list[dict[str, Any]],
+    names: list[str],
+    chosen_on: str,
+    **more: Any,
+) -> dict[str, Any]:
+    """metrics.json: the best and the last evaluation, AP by class of the best."""
+    assert progress.best is not None
+    best = dict(progress.best)
+    per_class = dict(zip(names, best.pop("per_class"), strict=True))
+    summary = {
+        "best": best,
+        "last": history[-1],
+        "per_class": per_class,
+        "classes_without_positives": [k for k, v in per_class.items() if v is None],
+        "chosen_on": chosen_on,
+        **more,
+    }
+    if jax.process_index() == 0:
+        workdir.write_summary(folder, summary)
+    return summary
+
+
+def best_weights(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The best variables of a work directory, placed on the mesh, and their
+    description."""
+    from mljax.sharding import place, state_sharding
+
+    variables, about = checkpoint.load_variables(checkpoint.find_best(folder))
+    return place(variables, state_sharding(variables, run.mesh)), about
+
+
+def table(
+    names: list[str],
+    per_class: list[float | None],
+    source: Source,
+    figures: Mapping[str, float],
+) -> str:
+    """The result as text: AP by class with its positives, then the means."""
+    positives = (source.labels == 1).sum(0)
+    order = sorted(range(len(names)), key=lambda i: -(per_class[i] or 0.0))
+    shown = [f"{'class':<24} {'positives':>9} {'AP':>7}"]
+    for place, i in enumerate(order):
+        if len(order) > _MOST_CLASSES and 10 <= place < len(order) - 10:
+            if place == 10:
+                shown.append(f"... {len(order) - 20} more: metrics.json")
+            continue
+        ap = per_class[i]
+        text = "none" if ap is None else f"{100 * ap:.2f}"
+        shown.append(f"{names[i]:<24} {positives[i]:>9} {text:>7}")
+    empty = sum(ap is None for ap in per_class)
+    if empty:
+        shown.append(f"({empty} without a positive are left out of the mean)")
+    shown.append(f"{'mAP':<24} {'':>9} {100 * figures['mAP']:>7.2f}")
+    parts = [f"{k} {100 * figures[k]:.2f}" for k in ("CP", "CR", "CF1", "OP", "OR")]
+    shown.append("  ".join([*parts, f"OF1 {100 * figures['OF1']:.2f}"]) + "  (p > 0.5)")
+    return "\n".join(shown)
+
+
+def picture(run: Run, folder: Path, source: Source, variables: dict) -> Path:
+    """predictions.png: images spread over `source`, true and predicted labels."""
+    count = min(len(source), pictures.SHEET)
+    places = np.linspace(0, len(source) - 1, count).astype(int)
+    few = source.take(places)
+    scores = run.scores({"best": variables}, few)["best"]
+    file = folder / "predictions.png"
+    images = [few.read(i).numpy() for i in scores.places if i not in scores.unreadable]
+    keep = [k for k, i in enumerate(scores.places) if i not in scores.unreadable]
+    pictures.sheet(
+        file,
+        images,
+        np.asarray(run.probabilities(scores.outputs))[keep],
+        scores.labels[keep],
+        run.class_names,
+    )
+    return file

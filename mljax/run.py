@@ -1,0 +1,124 @@
+"""What training and evaluation share: a config's model on its mesh."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mljax import config as configs
+from mljax import evaluate, losses, models, sharding, step
+from mljax.data import DATASETS, augment, pipeline
+from mljax.data.source import Source
+from mljax.errors import UserError
+from mljax.label_graph_data import LabelGraph
+from mljax.models.functional import functional
+
+
+class Run(NamedTuple):
+    """A config's model, placed on devices.
+
+    Attributes:
+        make_model: () -> the module with random weights of `config.seed`.
+        apply: see `models.functional`.
+        eval_step: (params, batch_stats, images uint8) -> float32 outputs
+            `[batch, num_classes]`, jitted over the mesh.
+    """
+
+    config: ConfigDict
+    class_names: list[str]
+    mesh: Mesh
+    make_model: Callable[[], models.Classifier]
+    apply: Callable[..., Any]
+    eval_step: Callable[..., jax.Array]
+
+    def scores(
+        self, variants: dict[str, dict[str, Any]], source: Source
+    ) -> dict[str, evaluate.Scores]:
+        """Name -> scores of all images of `source`, for each set of weights."""
+        batches = pipeline.eval_batches(
+            source,
+            data_config=self.config.data,
+            batch_size=self.config.eval.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        rows = sharding.batch_sharding(self.mesh)
+        return evaluate.run(self.eval_step, variants, batches, rows)
+
+    def probabilities(self, outputs: Any) -> Any:
+        return losses.probabilities(outputs, self.config.loss)
+
+
+def check_names(config: ConfigDict) -> None:
+    """Raises UserError, with the choices, for a name that is nobody's."""
+    for key, name, known in (
+        ("data.name", config.data.name, DATASETS),
+        ("model.backbone", config.model.backbone, models.BACKBONES),
+        ("model.head", config.model.head, models.HEADS),
+        ("loss.name", config.loss.name, losses.LOSSES),
+    ):
+        if name not in known:
+            choices = ", ".join(known)
+            raise UserError(f"config.{key} = {name!r}: must be one of {choices}")
+
+
+def make_run(
+    config: ConfigDict, class_names: list[str], graph: LabelGraph | None = None
+) -> Run:
+    """Builds the mesh and the model of `config`; `graph` as in `models.build_model`.
+
+    Raises:
+        UserError: the batch or the mesh does not fit the devices.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    configs.validate_devices(config, mesh.size)
+
+    def make_model() -> models.Classifier:
+        return models.build_model(
+            config.model,
+            len(class_names),
+            angular=losses.is_angular(config.loss.name),
+            dtype=jnp.dtype(config.dtype),
+            rngs=nnx.Rngs(config.seed),
+            graph=graph,
+        )
+
+    apply, _ = functional(make_model)
+    eval_step = jax.jit(
+        step.make_eval_step(
+            apply,
+            augment.make_preprocess(config.data.flip),
+            mesh=sharding.gathered_on(mesh),
+        ),
+        out_shardings=sharding.batch_sharding(mesh),
+    )
+    return Run(config, class_names, mesh, make_model, apply, eval_step)
+
+
+def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:
+    """The loss of `config.loss`, with the class weights of its file."""
+    if not config.loss.class_weights:
+        return losses.make_loss(config.loss)
+    file = Path(config.loss.class_weights)
+    try:
+        weights = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.loss.class_weights = {file}: {error}") from error
+    if not isinstance(weights, dict) or set(weights) != set(class_names):
+        given = set(weights) if isinstance(weights, dict) else set()
+        off = sorted(set(class_names) ^ given)
+        raise UserError(
+            f"config.loss.class_weights = {file}: must be an object with one number "
+            f"for each of the {len(class_names)} classes; check {', '.join(off[:5])}"
+        )
+    values = [weights[name] for name in class_names]
+    if not all(isinstance(v, int | float) and 0 <= v < float("inf") for v in values):
+        raise UserError(f"config.loss.class_weights = {file}: weights must be >= 0")
+    return losses.make_loss(config.loss, np.asarray(values, np.float32))

@@ -1,0 +1,148 @@
+"""What a run says: lines on the terminal and curves in TensorBoard."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mljax.data.source import Sources
+from mljax.early_stopping import Decision
+from mljax.progress import Progress
+from mljax.run import Run
+
+
+class Terminal:
+    """Speaks on the first process only; the others are silent."""
+
+    def __init__(
+        self, config: ConfigDict, folder: Path, steps_per_epoch: int, total_steps: int
+    ):
+        self.config = config
+        self.folder = folder
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
+        self.first = jax.process_index() == 0
+        self._loss, self._steps, self._skipped = 0.0, 0, 0
+        self._unreadable = 0
+        self._since = time.perf_counter()
+        self._rate = 0.0
+        self._writer: Any = None
+        if self.first:
+            from clu import metric_writers
+
+            self._writer = metric_writers.AsyncWriter(
+                metric_writers.SummaryWriter(str(folder / "tensorboard"))
+            )
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+    def opening(
+        self,
+        run: Run,
+        sources: Sources,
+        chosen_on: str,
+        params: Any,
+        notes: list[str],
+        start: int,
+    ) -> None:
+        """The data, the model and the plan, before the first step."""
+        model = self.config.model
+        for name, source in sources._asdict().items():
+            if source is not None:
+                per_image = (source.labels == 1).sum() / max(1, len(source))
+                self.say(
+                    f"{name + ':':<9}{len(source)} images, {len(source.class_names)} "
+                    f"classes, {per_image:.2f} labels an image"
+                )
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+        device = jax.devices()[0]
+        self.say(
+            f"model:   {model.backbone} + {model.head}, {count / 1e6:.2f} M "
+            f"parameters, loss {self.config.loss.name}, "
+            f"{run.mesh.size} x {device.device_kind}"
+        )
+        for note in notes:
+            self.say(f"weights: {note}")
+        steps = self.total_steps
+        self.say(f"plan:    {steps} steps, the best epoch chosen on {chosen_on}")
+        if start:
+            self.say(f"resumed at step {start}")
+
+    def first_step(self, seconds: float) -> None:
+        self.say(
+            f"first step done {seconds:.1f} s after the start (compiling included)"
+        )
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of images/s what came before: evaluation, saving, compiling."""
+        self._since, self._steps, self._loss = time.perf_counter(), 0, 0.0
+
+    def step(self, at: int, metrics: Mapping[str, Any], progress: Progress) -> None:
+        """Takes the metrics of step `at`; speaks every `train.log_every` steps."""
+        if not metrics["finite"]:
+            self.say(
+                f"step {at} skipped: its loss or gradient is not finite "
+                f"({progress.skipped} so far)"
+            )
+        else:
+            self._loss += float(metrics["loss"])
+            self._steps += 1
+        if len(progress.unreadable) > self._unreadable:
+            self._unreadable = len(progress.unreadable)
+            self.say(f"{self._unreadable} images could not be read: unreadable.txt")
+        if at % self.config.train.log_every or not self._steps:
+            return
+        seconds = time.perf_counter() - self._since
+        loss = self._loss / self._steps
+        self._rate = self._steps / seconds
+        images = self._rate * self.config.batch_size
+        rate = float(metrics["learning_rate"])
+        left = (self.total_steps - at) / self._rate
+        self.say(
+            f"step {at}/{self.total_steps}  epoch {at / self.steps_per_epoch:.2f}  "
+            f"loss {loss:.4g}  lr {rate:.3g}  {images:.0f} images/s  "
+            f"{_clock(left)} left"
+        )
+        if self._writer:
+            values = {
+                "train/loss": loss,
+                "train/learning_rate": rate,
+                "train/grad_norm": float(metrics["grad_norm"]),
+                "train/images_per_second": images,
+                "train/skipped_steps": progress.skipped,
+                "train/unreadable_images": self._unreadable,
+            }
+            self._writer.write_scalars(at, values)
+        self.restart_clock()
+
+    def evaluation(self, row: Mapping[str, Any], decision: Decision) -> None:
+        ema = "" if row["mAP_ema"] is None else f", ema {100 * row['mAP_ema']:.2f}"
+        self.say(
+            f"epoch {row['epoch']}: mAP {100 * row['mAP']:.2f} "
+            f"(raw {100 * row['mAP_raw']:.2f}{ema})  CF1 {100 * row['CF1']:.2f}  "
+            f"OF1 {100 * row['OF1']:.2f}{'  best so far' if decision.is_best else ''}"
+        )
+        if decision.stop:
+            self.say("early stopping: no improvement worth more epochs")
+        if self._writer:
+            keys = ("mAP", "mAP_raw", "mAP_ema", "CF1", "OF1")
+            values = {f"eval/{k}": row[k] for k in keys if row[k] is not None}
+            self._writer.write_scalars(row["step"], values)
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,249 @@
+"""Training from the first line to the last: `train(config, workdir)`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mljax import (
+    compile_cache,
+    evaluate,
+    label_graph_data,
+    optim,
+    results,
+    sharding,
+    step,
+    workdir,
+)
+from mljax.checkpoint import Checkpoints, find_best
+from mljax.data import DATASETS, augment, pipeline
+from mljax.data.source import Sources
+from mljax.models import pretrained
+from mljax.progress import Progress
+from mljax.run import Run, check_names, make_loss, make_run
+from mljax.terminal import Terminal
+
+
+def train(config: ConfigDict, path: str) -> dict[str, Any]:
+    """Trains, or goes on where the same command stopped.
+
+    Args:
+        config: validated.
+        path: the work directory: new, empty, or of a run of the same config.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: the data, the weights, the devices or the work directory do not fit.
+    """
+    started = time.perf_counter()
+    compile_cache.enable()
+    # All that can be wrong is found before the work directory is touched.
+    check_names(config)
+    sources = DATASETS[config.data.name](config.data, config.seed)
+    source, names = sources.train, sources.train.class_names
+    judge, chosen_on = results.choose_judge(sources, config)
+    loss_fn = make_loss(config, names)
+    graph = label_graph_data.build(config, source)
+    run = make_run(config, names, graph)
+    params, batch_stats, notes = pretrained.load(config.init_from, run.make_model)
+    steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
+    total_steps = config.epochs * steps_per_epoch
+    folder = workdir.open_for_training(path, config)
+
+    optimizer = optim.make_optimizer(
+        config.optim, config.batch_size, total_steps, params
+    )
+    ema_decay = config.ema.decay
+    if config.ema.half_life:
+        ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
+    state = step.create_state(params, batch_stats, optimizer, use_ema=ema_decay > 0)
+    shardings = sharding.state_sharding(state, run.mesh)
+    about = {
+        "config": config.to_dict(),
+        "class_names": names,
+        "num_train": len(source.names),
+    }
+    last = Checkpoints(folder / "checkpoints")
+    best = Checkpoints(folder / "best")
+    start = last.latest() or 0
+    progress = Progress()
+    if start:
+        saved = last.about(start)
+        workdir.check_same_data(path, saved, about)
+        progress = Progress.from_dict(saved["progress"])
+        state = last.load(start, sharding.abstract(state, shardings))
+    else:
+        state = sharding.place(state, shardings)
+    # What came after the last whole checkpoint is computed again, to the same bits.
+    best.drop_after(start)
+    history = workdir.read_history(folder, last_step=start)
+    workdir.write_history(folder, history)
+
+    rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
+    train_step = jax.jit(
+        step.make_train_step(
+            run.apply,
+            loss_fn,
+            optimizer,
+            augment.make_preprocess(config.data.flip),
+            reduction=config.loss.reduction,
+            seed=config.seed,
+            sam_rho=config.sam.rho,
+            sam_adaptive=config.sam.adaptive,
+            sam_update_stats=config.sam.update_stats,
+            ema_decay=ema_decay,
+            accumulate=config.optim.accumulate,
+            clip_norm=config.optim.clip_norm,
+            mesh=sharding.gathered_on(run.mesh),
+        ),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    batches = pipeline.train_batches(
+        source,
+        data_config=config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    terminal = Terminal(config, folder, steps_per_epoch, total_steps)
+    terminal.opening(run, sources, chosen_on, state.params, notes, start)
+    if graph is not None:
+        terminal.say("\n".join(label_graph_data.report(graph)))
+        if jax.process_index() == 0:
+            label_graph_data.save(folder, graph)
+
+    def absorb(at: int, metrics: Any) -> None:
+        values = jax.device_get(metrics)
+        progress.take(values, config.train.max_bad_steps)
+        terminal.step(at, values, progress)
+
+    previous = None
+    for at in range(start + 1, total_steps + 1):
+        if progress.stopped:
+            break
+        batch = next(batches)
+        bad = batch["index"][~batch["ok"]]
+        progress.unreadable.update(source.names[i] for i in bad)
+        arrays = {name: batch[name] for name in ("image", "labels")}
+        state, metrics = train_step(state, sharding.global_batch(arrays, rows))
+        # The numbers of a step are fetched once the next one is running.
+        if previous is not None:
+            absorb(*previous)
+        previous = at, metrics
+        if at == start + 1:
+            jax.block_until_ready(metrics)
+            terminal.first_step(time.perf_counter() - started)
+
+        epoch, inside = divmod(at, steps_per_epoch)
+        every = config.train.checkpoint_every
+        if inside and not (every and at % every == 0):
+            continue
+        absorb(*previous)
+        previous = None
+        if not inside and (epoch % config.train.eval_every == 0 or at == total_steps):
+            variants = results.variants(state)
+            scores = run.scores(variants, judge)
+            row, per_class = results.row(at, epoch, progress, scores, run)
+            decision = progress.stopping.update(
+                row["mAP"],
+                patience=config.train.patience,
+                warmed_up=epoch > config.train.warmup_epochs,
+            )
+            if decision.is_best:
+                weights = row["weights"]
+                progress.best = {**row, "per_class": per_class}
+                best.save(at, variants[weights], {**about, "best": progress.best})
+                best.wait()
+            progress.stopping, progress.stopped = decision.state, decision.stop
+            history.append(row)
+            workdir.write_history(folder, history)
+            results.write_summary(folder, progress, history, names, chosen_on)
+            terminal.evaluation(row, decision)
+        last.save(at, state, {**about, "progress": progress.to_dict()})
+        workdir.write_unreadable(folder, progress.unreadable)
+        terminal.restart_clock()
+    last.close()
+    best.close()
+    summary = finish(run, folder, sources, progress, history, chosen_on, terminal)
+    terminal.close()
+    return summary
+
+
+def finish(
+    run: Run,
+    folder: Path,
+    sources: Sources,
+    progress: Progress,
+    history: list[dict[str, Any]],
+    chosen_on: str,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """The table and the picture of the best weights; with a held-out part of train,
+    their metrics on val, which had no say in the choice."""
+    variables, _ = results.best_weights(run, folder)
+    best = progress.best or {}
+    more = {}
+    val = sources.val
+    figures, per_class = best, best["per_class"]
+    if sources.holdout is not None:
+        report = evaluate.report(
+            run.scores({"best": variables}, val)["best"], run.probabilities
+        )
+        figures, per_class = report, report.pop("per_class")
+        more["val"] = {
+            **report,
+            "per_class": dict(zip(run.class_names, per_class, strict=True)),
+        }
+    summary = results.write_summary(
+        folder, progress, history, run.class_names, chosen_on, **more
+    )
+    terminal.say("")
+    terminal.say(results.table(run.class_names, per_class, val, figures))
+    terminal.say(
+        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights at epoch "
+        f"{best['epoch']}, chosen on {chosen_on}"
+    )
+    if run.config.published_mAP:
+        terminal.say(f"published for this recipe: mAP {run.config.published_mAP:.2f}")
+    file = results.picture(run, folder, val, variables)
+    terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")
+    return summary
+
+
+def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
+    """`--mode=eval`: the best weights of a work directory on val, to eval.json.
+
+    Raises:
+        UserError: there is no checkpoint, or its classes are not those of the data.
+    """
+    compile_cache.enable()
+    check_names(config)
+    folder = Path(path).absolute()
+    best = find_best(folder)
+    val = DATASETS[config.data.name](config.data, config.seed).val
+    results.need_positives(val, "val")
+    run = make_run(config, val.class_names)
+    variables, about = results.best_weights(run, folder)
+    workdir.check_same_classes(path, about, val.class_names)
+    report = evaluate.report(
+        run.scores({"best": variables}, val)["best"], run.probabilities
+    )
+    per_class = report.pop("per_class")
+    found = {
+        **report,
+        "step": int(best.name),
+        "per_class": dict(zip(val.class_names, per_class, strict=True)),
+    }
+    workdir.write_text(folder / "eval.json", json.dumps(found, indent=2) + "\n")
+    print(results.table(val.class_names, per_class, val, report))
+    print(f"weights of step {best.name}; written to {folder / 'eval.json'}")
+    return found

@@ -1,0 +1,139 @@
+"""A work directory: its lock on one config, and files that are never half-written."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mljax import config as configs
+from mljax.errors import UserError
+
+CONFIG = "config.json"
+HISTORY = "metrics.jsonl"
+SUMMARY = "metrics.json"
+UNREADABLE = "unreadable.txt"
+
+# Keys that a run may change between a stop and the next start: they do not touch
+# what is computed.
+FREE_KEYS = frozenset(
+    {
+        "data.root",
+        "data.prefetch",
+        "eval.batch_size",
+        "mesh.data",
+        "mesh.fsdp",
+        "train.checkpoint_every",
+        "train.log_every",
+        "published_mAP",
+    }
+)
+
+
+def open_for_training(path: str, config: ConfigDict) -> Path:
+    """Makes the directory, or checks that it belongs to the same config.
+
+    Raises:
+        UserError: it holds a run of another config, or files that are not a run.
+    """
+    workdir = Path(path).absolute()
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {path}: is a file, not a directory")
+    stored = workdir / CONFIG
+    if stored.exists():
+        _check_same(path, read_config(workdir), config)
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(
+            f"--workdir {path}: is not empty and holds no mljax run; "
+            "name a new or empty directory"
+        )
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+    write_text(stored, json.dumps(config.to_dict(), indent=2) + "\n")
+    return workdir
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config that a run was started with."""
+    file = workdir / CONFIG
+    try:
+        return configs.from_dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir {workdir}: holds no run ({CONFIG} is missing)"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: is not valid JSON ({error})") from error
+
+
+def _check_same(path: str, old: ConfigDict, new: ConfigDict) -> None:
+    before, now = configs.flatten(old), configs.flatten(new)
+    changed = [
+        f"{key} was {before[key]!r} and is now {value!r}"
+        for key, value in now.items()
+        if value != before[key] and key not in FREE_KEYS
+    ]
+    if changed:
+        raise UserError(
+            f"--workdir {path}: holds a run of another config ({'; '.join(changed[:3])}"
+            f"{' ...' if len(changed) > 3 else ''}); name another directory, or use "
+            "the same settings to continue it"
+        )
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes all of `text` or nothing, whenever the process dies."""
+    part = file.with_name(f".{file.name}.part")
+    with part.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(file)
+
+
+def read_history(workdir: Path, last_step: int) -> list[dict[str, Any]]:
+    """The evaluations up to `last_step`, oldest first."""
+    file = workdir / HISTORY
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if row["step"] <= last_step]
+
+
+def write_history(workdir: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(workdir / HISTORY, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_summary(workdir: Path, summary: Mapping[str, Any]) -> None:
+    write_text(workdir / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def write_unreadable(workdir: Path, names: set[str]) -> None:
+    """The images that could not be read, a name a line; no file where there is none."""
+    if names:
+        write_text(workdir / UNREADABLE, "".join(f"{n}\n" for n in sorted(names)))
+
+
+def check_same_classes(path: str, saved: Mapping[str, Any], names: list[str]) -> None:
+    """Raises UserError if a checkpoint was trained on other classes than `names`."""
+    if saved["class_names"] != names:
+        off = sorted(set(saved["class_names"]) ^ set(names))
+        raise UserError(
+            f"--workdir {path}: was trained on other classes than the data has (check "
+            f"{', '.join(off[:5]) or 'their order'}); name another directory or the "
+            "data it was trained on"
+        )
+
+
+def check_same_data(
+    path: str, saved: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raises UserError if the data changed since a checkpoint was written."""
+    check_same_classes(path, saved, now["class_names"])
+    if saved["num_train"] != now["num_train"]:
+        raise UserError(
+            f"--workdir {path}: was trained on {saved['num_train']} images, the data "
+            f"now has {now['num_train']}; name another directory"
+        )

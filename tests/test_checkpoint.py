@@ -1,0 +1,92 @@
+"""Saving and loading with Orbax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from mljax import checkpoint, sharding
+from mljax.errors import UserError
+
+
+def state(value: float) -> dict:
+    kernel = value * jnp.arange(2**16, dtype=jnp.float32).reshape(256, 256)
+    return {"params": {"kernel": kernel}, "batch_stats": {"mean": jnp.ones(3)}}
+
+
+def test_save_load_keep_two(tmp_path):
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    assert saves.latest() is None
+    for step in (1, 2, 3):
+        saves.save(step, state(step), {"step": step, "nested": {"a": [None, "ü"]}})
+    saves.close()
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    assert saves.latest() == 3
+    assert saves.about(3) == {"format": 1, "step": 3, "nested": {"a": [None, "ü"]}}
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["2", "3"]
+    saves.drop_after(2)
+    assert saves.latest() == 2
+    saves.close()
+
+
+def test_load_onto_another_mesh(tmp_path):
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    one = state(1.0)
+    mesh = sharding.make_mesh(2, 4)
+    saves.save(5, sharding.place(one, sharding.state_sharding(one, mesh)), {})
+    saves.wait()
+    for shape in ((8, 1), (1, 8)):
+        other = sharding.state_sharding(one, sharding.make_mesh(*shape))
+        loaded = saves.load(5, sharding.abstract(one, other))
+        jax.tree.map(np.testing.assert_array_equal, loaded, one)
+        assert loaded["params"]["kernel"].sharding == other["params"]["kernel"]
+    saves.close()
+
+
+def test_weights_alone_and_plain_orbax(tmp_path):
+    saves = checkpoint.Checkpoints(tmp_path / "run" / "best")
+    whole = {**state(2.0), "opt_state": {"trace": jnp.zeros(4)}}
+    saves.save(7, whole, {"class_names": ["a"]})
+    saves.close()
+    step = checkpoint.find_best(tmp_path / "run")
+    assert step == checkpoint.find_best(step) == tmp_path / "run" / "best" / "7"
+    variables, about = checkpoint.load_variables(step)
+    assert set(variables) == {"params", "batch_stats"}
+    assert about["class_names"] == ["a"]
+    np.testing.assert_array_equal(
+        variables["params"]["kernel"], whole["params"]["kernel"]
+    )
+    plain = ocp.load(step)
+    np.testing.assert_array_equal(plain["params"]["kernel"], whole["params"]["kernel"])
+
+
+def test_errors_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.find_best(tmp_path)
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    saves.save(1, state(1.0), {})
+    saves.wait()
+    wrong = {"params": {"kernel": jnp.zeros((2, 2))}, "batch_stats": {}}
+    with pytest.raises(UserError) as error:
+        saves.load(1, wrong)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    saves.close()
+    with pytest.raises(UserError, match="newer mljax"):
+        checkpoint.check_format({"format": 99}, tmp_path)
+    with pytest.raises(UserError, match="not a checkpoint of mljax"):
+        checkpoint.check_format(None, tmp_path)
+
+
+def test_an_unfinished_save_is_never_loaded(tmp_path):
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    saves.save(1, state(1.0), {})
+    saves.close()
+    # What a process leaves that dies while it writes step 2.
+    part = tmp_path / "run" / "2.orbax-checkpoint-tmp"
+    part.mkdir()
+    (part / "half").write_text("x")
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    assert saves.latest() == 1
+    saves.close()
+    assert not part.exists()

@@ -1,0 +1,54 @@
+"""A work directory belongs to one config, and its files are whole or absent."""
+
+import pytest
+
+from mljax import config as configs
+from mljax import workdir
+from mljax.errors import UserError
+
+
+def test_new_empty_and_same_are_opened(tmp_path):
+    config = configs.load("configs/shapes.py")
+    folder = workdir.open_for_training(str(tmp_path / "a" / "b"), config)
+    assert workdir.read_config(folder).to_dict() == config.to_dict()
+    config.train.log_every += 1  # may change: it does not touch what is computed
+    assert workdir.open_for_training(str(folder), config) == folder
+    assert workdir.read_config(folder).train.log_every == config.train.log_every
+
+
+def test_another_config_is_refused_and_left_alone(tmp_path):
+    config = configs.load("configs/shapes.py")
+    folder = workdir.open_for_training(str(tmp_path / "run"), config)
+    before = (folder / "config.json").read_text()
+    config.optim.lr *= 2
+    with pytest.raises(UserError, match=r"optim\.lr was .* and is now"):
+        workdir.open_for_training(str(folder), config)
+    assert (folder / "config.json").read_text() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    config = configs.load("configs/shapes.py")
+    with pytest.raises(UserError, match="is not empty and holds no mljax run"):
+        workdir.open_for_training(str(tmp_path), config)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file"):
+        workdir.open_for_training(str(tmp_path / "thesis.tex"), config)
+
+
+def test_history_is_cut_at_the_last_checkpoint(tmp_path):
+    rows = [{"step": s, "mAP": s / 10} for s in (2, 4, 6)]
+    workdir.write_history(tmp_path, rows)
+    assert workdir.read_history(tmp_path, last_step=4) == rows[:2]
+    assert workdir.read_history(tmp_path / "none", last_step=4) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "metrics.json"
+    workdir.write_summary(tmp_path, {"mAP": 0.5})
+    before = file.read_text()
+    with pytest.raises(ValueError):
+        workdir.write_summary(tmp_path, {"mAP": float("nan")})
+    assert file.read_text() == before
+    workdir.write_unreadable(tmp_path, {"b.jpg", "a.jpg"})
+    assert (tmp_path / "unreadable.txt").read_text() == "a.jpg\nb.jpg\n"
