@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from mljax import (
@@ -61,8 +62,12 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     ema_decay = config.ema.decay
     if config.ema.half_life:
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
-    state = step.create_state(params, batch_stats, optimizer, use_ema=ema_decay > 0)
-    shardings = sharding.state_sharding(state, run.mesh)
+
+    def create(params: Any, batch_stats: Any) -> step.TrainState:
+        return step.create_state(params, batch_stats, optimizer, use_ema=ema_decay > 0)
+
+    abstract = jax.eval_shape(create, params, batch_stats)
+    shardings = sharding.state_sharding(abstract, run.mesh)
     about = {
         "config": config.to_dict(),
         "class_names": names,
@@ -76,9 +81,12 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         saved = last.about(start)
         workdir.check_same_data(path, saved, about)
         progress = Progress.from_dict(saved["progress"])
-        state = last.load(start, sharding.abstract(state, shardings))
+        state = last.load(start, sharding.abstract(abstract, shardings))
     else:
-        state = sharding.place(state, shardings)
+        # One program for the whole state. As host arrays, equal on every process, the
+        # weights go to wherever they belong.
+        weights = jax.tree.map(np.asarray, (params, batch_stats))
+        state = jax.jit(create, out_shardings=shardings)(*weights)
     # What came after the last whole checkpoint is computed again, to the same bits.
     best.drop_after(start)
     history = workdir.read_history(folder, last_step=start)

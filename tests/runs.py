@@ -10,8 +10,10 @@ from orbax.checkpoint import v1 as ocp
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A few seconds of training, once it is compiled.
+# A few seconds of training. The backbone is the quickest to compile.
+BACKBONE = "--config.model.backbone=vit_tiny_patch16_224"
 TINY = [
+    BACKBONE,
     "--config=configs/shapes.py:debug",
     "--config.batch_size=16",
     "--config.data.num_train=64",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import TINY, last_line, run
+from runs import BACKBONE, TINY, last_line, run
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def dataset(folder: Path, count: int = 24) -> Path:
 
 
 FILES = [
+    BACKBONE,
     "--config=configs/coco.py:debug",
     "--config.batch_size=8",
     "--config.data.image_size=32",
@@ -138,7 +139,8 @@ def break_weights(data: Path) -> list[str]:
     from safetensors.numpy import save_file
 
     save_file({"conv_stem.weight": np.zeros((3, 3))}, data / "w.safetensors")
-    return [f"--config.init_from={data / 'w.safetensors'}"]
+    model = "--config.model.backbone=mobilenetv3_large_100"
+    return [model, f"--config.init_from={data / 'w.safetensors'}"]
 
 
 def break_weights_path(data: Path) -> list[str]:

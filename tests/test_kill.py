@@ -15,6 +15,7 @@ from runs import ROOT, TINY, command, environment, last_line, run, same_results
 
 ARGUMENTS = [
     *TINY,
+    "--config.model.backbone=mobilenetv3_large_100",  # it has batch statistics
     "--config.epochs=4",
     "--config.train.checkpoint_every=3",
     "--config.sam.rho=0.05",

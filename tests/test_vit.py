@@ -18,7 +18,11 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "count"),  # timm's, without the classifier
-    [("vit_small_patch16_224", 21_665_664), ("vit_base_patch16_224", 85_798_656)],
+    [
+        ("vit_tiny_patch16_224", 5_524_416),
+        ("vit_small_patch16_224", 21_665_664),
+        ("vit_base_patch16_224", 85_798_656),
+    ],
 )
 def test_parameters(name, count):
     assert parameters(name) == count

@@ -40,6 +40,7 @@ BACKBONES: dict[str, Callable[..., nnx.Module]] = {
     "tresnet_v2_l": tresnet.tresnet_v2_l,
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
+    "vit_tiny_patch16_224": vit.vit_tiny_patch16_224,
     "vit_small_patch16_224": vit.vit_small_patch16_224,
     "vit_base_patch16_224": vit.vit_base_patch16_224,
 }

@@ -56,7 +56,12 @@ def draw(
         values = scale * generator.standard_normal(shape)
     else:
         values = generator.uniform(-scale, scale, shape)
-    return jnp.asarray(values, dtype)
+    return jnp.asarray(values.astype(dtype))
+
+
+def constant(value: float, shape: int | Iterable[int], dtype: DTypeLike) -> jax.Array:
+    """An initial value the same everywhere; by numpy, for the reason in `draw`."""
+    return jnp.asarray(np.full(shape, value, at_least_float32(dtype)))
 
 
 def wide_einsum(
@@ -170,8 +175,7 @@ class Conv(nnx.Module):
         shape = (kernel, kernel, inputs, outputs)
         std = math.sqrt(2 / (kernel * kernel * outputs))
         self.weight = nnx.Param(draw(rngs, "normal", shape, std, dtype))
-        zeros = jnp.zeros(outputs, at_least_float32(dtype))
-        self.bias = nnx.Param(zeros) if bias else None
+        self.bias = nnx.Param(constant(0, outputs, dtype)) if bias else None
         self.kernel, self.stride = kernel, stride
         self.padding, self.dtype = _check_padding(padding), dtype
 
@@ -319,11 +323,10 @@ class BatchNorm(nnx.Module):
         momentum: float = 0.1,
         dtype: DTypeLike = jnp.float32,
     ):
-        kept = at_least_float32(dtype)
-        self.weight = nnx.Param(jnp.ones(features, kept))
-        self.bias = nnx.Param(jnp.zeros(features, kept))
-        self.running_mean = nnx.BatchStat(jnp.zeros(features, kept))
-        self.running_var = nnx.BatchStat(jnp.ones(features, kept))
+        self.weight = nnx.Param(constant(1, features, dtype))
+        self.bias = nnx.Param(constant(0, features, dtype))
+        self.running_mean = nnx.BatchStat(constant(0, features, dtype))
+        self.running_var = nnx.BatchStat(constant(1, features, dtype))
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -350,9 +353,8 @@ class LayerNorm(nnx.Module):
     def __init__(
         self, features: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32
     ):
-        kept = at_least_float32(dtype)
-        self.weight = nnx.Param(jnp.ones(features, kept))
-        self.bias = nnx.Param(jnp.zeros(features, kept))
+        self.weight = nnx.Param(constant(1, features, dtype))
+        self.bias = nnx.Param(constant(0, features, dtype))
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -367,7 +369,7 @@ class PReLU(nnx.Module):
     """max(x, 0) + weight min(x, 0) with one learned weight, 0.25 at first."""
 
     def __init__(self, *, dtype: DTypeLike = jnp.float32):
-        self.weight = nnx.Param(jnp.full(1, 0.25, at_least_float32(dtype)))
+        self.weight = nnx.Param(constant(0.25, 1, dtype))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

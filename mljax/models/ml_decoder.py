@@ -11,14 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from mljax.models.layers import (
-    Frozen,
-    Linear,
-    Stack,
-    at_least_float32,
-    draw,
-    wide_einsum,
-)
+from mljax.models.layers import Frozen, Linear, Stack, constant, draw, wide_einsum
 from mljax.models.linear import normalise
 from mljax.models.transformer import DecoderLayer
 
@@ -87,9 +80,7 @@ class Decoder(nnx.Module):
         self.duplicate_pooling = nnx.Param(
             draw(rngs, "normal", (groups, dim, columns), std, dtype)
         )
-        self.duplicate_pooling_bias = nnx.Param(
-            jnp.zeros(num_classes, at_least_float32(dtype))
-        )
+        self.duplicate_pooling_bias = nnx.Param(constant(0, num_classes, dtype))
         self.cosine, self.dtype = cosine, dtype
 
     def __call__(

@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.layers import BatchNorm, Conv, constant
 
 EXPANSION = 4  # channels that leave a block over those inside it
 
@@ -63,7 +63,7 @@ class Bottleneck(nnx.Module):
         self.bn2 = BatchNorm(channels, dtype=dtype)
         self.conv3 = Conv(channels, outputs, 1, dtype=dtype, rngs=rngs)
         self.bn3 = BatchNorm(outputs, dtype=dtype)
-        self.bn3.weight = nnx.Param(jnp.zeros_like(self.bn3.bias[...]))
+        self.bn3.weight = nnx.Param(constant(0, outputs, dtype))
         self.downsample = (
             Downsample(inputs, outputs, stride, dtype=dtype, rngs=rngs)
             if stride > 1 or inputs != outputs

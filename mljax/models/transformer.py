@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from mljax.models.layers import (
     LayerNorm,
     Linear,
-    at_least_float32,
+    constant,
     draw,
     dropout,
     wide_einsum,
@@ -43,13 +43,13 @@ class MultiHeadAttention(nnx.Module):
     ):
         if heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim}: must be divisible by heads = {heads}")
-        bound, kept = math.sqrt(6 / (4 * dim)), at_least_float32(dtype)
+        bound = math.sqrt(6 / (4 * dim))
         self.in_proj_weight = nnx.Param(
             draw(rngs, "uniform", (dim, 3 * dim), bound, dtype)
         )
-        self.in_proj_bias = nnx.Param(jnp.zeros(3 * dim, kept))
+        self.in_proj_bias = nnx.Param(constant(0, 3 * dim, dtype))
         self.out_proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
-        self.out_proj.bias = nnx.Param(jnp.zeros(dim, kept))
+        self.out_proj.bias = nnx.Param(constant(0, dim, dtype))
         self.heads, self.dropout, self.dtype = heads, dropout, dtype
 
     def __call__(

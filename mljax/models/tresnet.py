@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from mljax.errors import UserError
 from mljax.models import tresnet_abn
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.layers import BatchNorm, Conv, constant
 
 EXPANSION = 4  # channels that leave a bottleneck over those inside it
 STEM_SLOPE, SLOPE = 1e-2, 1e-3  # leaky ReLU's, below zero
@@ -97,7 +97,7 @@ class ConvBn(nnx.Module):
 
     def start_at_zero(self) -> None:
         """So that a block starts as its skip."""
-        self.bn.weight = nnx.Param(jnp.zeros_like(self.bn.bias[...]))
+        self.bn.weight = nnx.Param(constant(0, self.bn.weight.shape, self.bn.dtype))
 
 
 class SqueezeExcite(nnx.Module):

@@ -1,7 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929), with timm's names.
 
-The plain ViT-S/16 and ViT-B/16 of "How to train your ViT" (Steiner et al. 2021, arXiv
-2106.10270): timm's `vit_small_patch16_224` and `vit_base_patch16_224` with their many
+The plain ViT-Ti/16, ViT-S/16 and ViT-B/16 of "How to train your ViT" (Steiner et al.
+2021, arXiv 2106.10270): timm's `vit_{tiny,small,base}_patch16_224` with their many
 public weights (augreg, dino, mae).
 
 Position embeddings are learned on a grid of 224 / 16 = 14 x 14 patches. They are
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from mljax.errors import UserError
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import Conv, LayerNorm, at_least_float32, draw
+from mljax.models.layers import Conv, LayerNorm, at_least_float32, constant, draw
 
 PATCH = 16  # pixels along a side
 EPS = 1e-6  # of LayerNorm
@@ -48,7 +48,7 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(draw(rngs, "normal", (inputs, outputs), 0.02, dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, at_least_float32(dtype)))
+        self.bias = nnx.Param(constant(0, outputs, dtype))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -201,6 +201,11 @@ class VisionTransformer(nnx.Module):
             return state_dict
         resized = resize_positions(jnp.asarray(positions), (self.side, self.side))
         return {**state_dict, "pos_embed": np.asarray(resized)}
+
+
+def vit_tiny_patch16_224(**options) -> VisionTransformer:
+    """timm's `vit_tiny_patch16_224`; options as in VisionTransformer."""
+    return VisionTransformer(192, 3, **options)
 
 
 def vit_small_patch16_224(**options) -> VisionTransformer:
