@@ -64,6 +64,20 @@ def test_depthwise_equals_lax(kernel, stride, padding, size):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (7, 2), (3, 1)])
+def test_stem_equals_lax(kernel, stride):
+    x, weight = normal(0, 3, 19, 22, 3), normal(1, kernel, kernel, 3, 8)
+    pads = layers._pads((19, 22), kernel, stride, "same")
+
+    def value_and_gradients(conv):
+        value, pull = jax.vjp(lambda x, w: conv(x, w, stride, pads), x, weight)
+        return value, *pull(normal(2, *value.shape))
+
+    ours, plain = value_and_gradients(cpu.stem_conv), value_and_gradients(plain_conv)
+    for actual, expected in zip(ours, plain, strict=True):
+        assert_close(actual, expected)
+
+
 def test_depthwise_in_bfloat16_keeps_the_dtype_and_sums_in_float32():
     x, weight = normal(0, 4, 16, 16, 8), normal(1, 3, 3, 1, 8)
     pads = ((1, 1), (1, 1))

@@ -189,13 +189,16 @@ class Conv(nnx.Module):
             x = flat.reshape(*x.shape[:-1], -1)
         else:
             pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
-            x = lax.conv_general_dilated(
-                x,
-                weight,
-                (self.stride, self.stride),
-                pads,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            if x.shape[-1] <= 4 and jax.default_backend() == "cpu":
+                x = cpu.stem_conv(x, weight, self.stride, pads)
+            else:
+                x = lax.conv_general_dilated(
+                    x,
+                    weight,
+                    (self.stride, self.stride),
+                    pads,
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                )
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
