@@ -77,14 +77,16 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
     """The metrics of `mljax.metrics` on scores.
 
     Returns:
-        mAP, CP, CR, CF1, OP, OR, OF1 (probability > 0.5), and "per_class": AP by
-        column, None where a class has no positive.
+        mAP; CP, CR, CF1, OP, OR, OF1 (probability > 0.5); the same with "_top3" in
+        their names for the three most probable labels of each image; and "per_class":
+        AP by column, None where a class has no positive.
     """
     ap = metrics.average_precision(scores.outputs, scores.labels)
+    p = np.asarray(probabilities(scores.outputs))
+    top3 = metrics.classification_report(p, scores.labels, top_k=3)
     return {
-        "mAP": metrics.mean_average_precision(scores.outputs, scores.labels),
-        **metrics.classification_report(
-            np.asarray(probabilities(scores.outputs)), scores.labels
-        ),
+        "mAP": float(np.mean(ap[~np.isnan(ap)])),
+        **metrics.classification_report(p, scores.labels),
+        **{f"{name}_top3": value for name, value in top3.items()},
         "per_class": [None if np.isnan(x) else float(x) for x in ap],
     }

@@ -7,7 +7,6 @@ Heavy imports wait until the flags and the config are known to be right, so that
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from mljax import config as configs
@@ -78,9 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         # A full disk, a folder without permission: the name and the reason suffice.
-        if error.filename is None:
-            traceback.print_exc()
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # of XLA
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: the device has too little memory: lower config.batch_size or "
+            "config.data.image_size, raise config.optim.accumulate (a batch in parts), "
+            "or set config.model.remat = true",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)

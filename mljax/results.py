@@ -16,6 +16,7 @@ from mljax.progress import Progress
 from mljax.run import Run
 from mljax.step import TrainState
 
+_FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 _MOST_CLASSES = 40  # a longer table shows the ends only
 
 
@@ -132,8 +133,9 @@ def table(
     if empty:
         shown.append(f"({empty} without a positive are left out of the mean)")
     shown.append(f"{'mAP':<24} {'':>9} {100 * figures['mAP']:>7.2f}")
-    parts = [f"{k} {100 * figures[k]:.2f}" for k in ("CP", "CR", "CF1", "OP", "OR")]
-    shown.append("  ".join([*parts, f"OF1 {100 * figures['OF1']:.2f}"]) + "  (p > 0.5)")
+    for end, rule in ("", "p > 0.5"), ("_top3", "the 3 most probable"):
+        parts = [f"{k} {100 * figures[k + end]:5.2f}" for k in _FIGURES]
+        shown.append(f"{'  '.join(parts)}  ({rule})")
     return "\n".join(shown)
 
 
