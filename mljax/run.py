@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mljax import config as configs
-from mljax import evaluate, losses, models, sharding, step
+from mljax import evaluate, label_graph_data, losses, models, sharding, step
 from mljax.data import DATASETS, augment, pipeline
 from mljax.data.source import Source
 from mljax.errors import UserError
@@ -100,11 +100,11 @@ def for_use(run: Run, variables: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 
     The scores are the same, see `models.folded`. Only for evaluation and export.
     """
+    if run.config.model.head not in label_graph_data.HEADS:
+        return run, variables  # tracing a deep network for nothing takes seconds
     graph, *_ = nnx.split(nnx.eval_shape(run.make_model), nnx.Param, nnx.BatchStat)
     model = nnx.merge(graph, variables["params"], variables["batch_stats"])
     folded = models.folded(model)
-    if folded is model:
-        return run, variables
     apply = as_function(folded)
     run = run._replace(apply=apply, eval_step=_eval_step(run.config, run.mesh, apply))
     params, batch_stats = split(folded)

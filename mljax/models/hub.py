@@ -32,7 +32,7 @@ def fetch(name: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise UserError(
-            f"{name}: needs huggingface_hub; pip install 'mljax[hub]', {elsewhere}"
+            f"{name}: needs huggingface_hub; pip install huggingface_hub, {elsewhere}"
         ) from error
     try:
         return Path(
