@@ -35,14 +35,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--config.model.pool=max or --config.loss.aam.scale=17.",
     )
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="WHAT")
-    add("--to", required=True, metavar="PATH", help="must not exist yet")
+    source = "a .safetensors or .pth file, or hf://timm/NAME"
+    add("--from", dest="source", required=True, metavar="WHAT", help=source)
+    add("--to", required=True, metavar="PATH", help="a new directory")
     add("--model", help="the backbone, with or without timm's tag")
     add("--head", choices=_HEADS, help="linear (default), or the paper's heads")
     add("--loss", choices=("aam", "bce", "asl"), help="it was trained with")
     add("--classes", metavar="FILE", help="JSON list, annotation file or text")
     add("--key", default="", help="of a .pth file: take the weights under this key")
-    add("--export", action="store_true", help="a work directory or step to a file")
+    add("--export", action="store_true", help="from a work directory or step to a file")
     add("--names", choices=("timm", "paper"), help="of --export; default timm")
     args, rest = parser.parse_known_args(argv)
     args.overrides = []
@@ -67,7 +68,8 @@ def import_file(args: argparse.Namespace) -> None:
     from mljax import checkpoint
     from mljax.models import BACKBONES, hub, paper_names, torch_files
 
-    tag = args.source.rpartition("/")[2] if args.source.startswith(hub.PREFIX) else ""
+    remote = args.source.startswith(hub.PREFIX)
+    tag = args.source.rpartition("/")[2] if remote else ""
     name = (args.model or tag).partition(".")[0]
     if name not in BACKBONES:
         raise UserError(
@@ -76,7 +78,7 @@ def import_file(args: argparse.Namespace) -> None:
         )
     to = Path(args.to).absolute()
     checkpoint.check_free(to)
-    file = hub.fetch(args.source) if tag else Path(args.source)
+    file = hub.fetch(args.source) if remote else Path(args.source)
     weights = torch_files.read(file, args.key)
     tensors = paper_names.without_prefixes(weights.tensors)
     config, num_classes = _settings(args, name, tensors)
@@ -88,7 +90,7 @@ def import_file(args: argparse.Namespace) -> None:
     about = {
         "config": config.to_dict(),
         "class_names": names,
-        "imported_from": args.source if tag else file.name,
+        "imported_from": args.source if remote else file.name,
     }
     checkpoint.save_variables(to, variables, about)
 
@@ -257,6 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_file(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        name = error.filename or args.to
+        print(f"error: {name}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 

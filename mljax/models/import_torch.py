@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _COUNTER = "num_batches_tracked"  # torch's BatchNorm counts steps; nothing reads it
 _CLASSIFIERS = ("classifier.", "fc.", "head.")  # timm's names of a network's last layer
-# First parts of the names in heads; in a file nothing else tells them from a backbone.
+# What names in heads begin with: in a file nothing else tells them from a backbone's.
 _HEADS = {"classifier", "fc", "head", "conv_head", "act2", "A", "inp", "gc1", "gc2"}
 _HEADS |= {"decoder", "encoder", "input_proj", "query_embed", "label_scores"}
 _HEADS |= {"class_vectors"}
@@ -57,10 +57,11 @@ def load_pretrained(module: Classifier, state_dict: Mapping[str, Any]) -> list[s
     """
     wanted = _variables(module)
     given, notes = _adapted(module, wanted, _arrays(state_dict))
-    backbone = _variables(module.backbone)
+    backbone, head = _variables(module.backbone), _variables(module.head)
 
     def in_head(name: str) -> bool:
-        return name not in backbone and name.partition(".")[0] in _HEADS
+        other = name.partition(".")[0] in _HEADS
+        return name in head or (other and name not in backbone)
 
     own = getattr(module.head, "from_data", ())
     names, more = match(_shapes(wanted), _shapes(given), in_head, own)

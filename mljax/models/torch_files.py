@@ -82,15 +82,18 @@ def write(
     whole = {name: np.array(value, order="C") for name, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import save
 
-        about = {"format": "pt", "class_names": json.dumps(class_names)}
-        save_file(whole, part, metadata=about)
-    else:
-        torch = _torch(path)
-        torch.save({k: torch.from_numpy(v) for k, v in whole.items()}, part)
-    part.replace(path)
+            about = {"format": "pt", "class_names": json.dumps(class_names)}
+            part.write_bytes(save(whole, metadata=about))
+        else:
+            torch = _torch(path)
+            torch.save({k: torch.from_numpy(v) for k, v in whole.items()}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def to_numpy(value: Any) -> np.ndarray:
