@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_import_weights import SMALL
+from small_networks import SMALL
 from test_label_graph import some_graph
 
 from mljax import checkpoint, results, train
