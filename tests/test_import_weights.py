@@ -91,10 +91,12 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("names", ["timm", "paper"])
-@pytest.mark.parametrize("backbone", SMALL)
+@pytest.mark.parametrize(
+    ("names", "backbone"),
+    [("paper", "small_mobile"), ("paper", "small_resnet"), ("timm", "small_resnet")],
+)
 def test_export_and_import_give_the_same_bits(backbone, names, tmp_path, capsys):
-    for head, loss in WHOLE:
+    for head, loss in WHOLE if names == "paper" else WHOLE[1:4]:
         folder = tmp_path / f"{head} {loss}"
         model = save_run(folder / "run", backbone, head, loss)
         file, back = folder / "x.safetensors", folder / "dir"
