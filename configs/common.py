@@ -13,8 +13,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.epochs = 60
     config.batch_size = 84  # images in one optimiser step, over all devices
-    # Weights to start from: "" (random), a timm .safetensors / .pth file, or a
-    # directory written by this project.
+    # Weights to start from: "" (random), a timm .safetensors / .pth file, a work
+    # directory or one that mljax.import_weights wrote, or hf://timm/NAME (downloads).
     config.init_from = ""
     config.dtype = "float32"  # of activations: float32 | bfloat16; weights are float32
     config.published_mAP = 0.0  # what the recipe should reach; 0 = no figure is known

@@ -134,6 +134,36 @@ def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return jax.tree.map(jax.device_get, tree), about
 
 
+def check_free(path: Path) -> None:
+    """Raises UserError unless `path` is new or an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already; name a new or empty directory")
+
+
+def save_variables(
+    path: Path, variables: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Writes a directory that `load_variables` and plain Orbax read, whole or not.
+
+    Args:
+        path: absolute; a new directory, or an empty one.
+        variables: `{"params", "batch_stats"}`.
+        about: the description (config, class_names).
+
+    Raises:
+        UserError: `path` is not empty, or it could not be written.
+    """
+    check_free(path)
+    with _readable_errors(path):
+        # Orbax takes an empty directory for a checkpoint to overwrite.
+        ocp.save(
+            path,
+            dict(variables),
+            overwrite=path.exists(),
+            custom_metadata={"format": FORMAT, **about},
+        )
+
+
 def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -220,6 +221,10 @@ _AXIS: _Rule = (lambda v: v == -1 or v > 0, "-1 or above 0")
 
 # Names of backbones, heads, losses and data sets are checked where they are looked up.
 _RULES: dict[str, _Rule] = {
+    "init_from": (
+        lambda v: v[:5] != "hf://" or bool(re.fullmatch(r"hf://[^/]+/[^/]+", v)),
+        "a path, or hf://OWNER/NAME like hf://timm/tf_efficientnetv2_s.in21k",
+    ),
     "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
     "epochs": _POSITIVE,
     "batch_size": _POSITIVE,

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mljax import checkpoint, evaluate, pictures, workdir
+from mljax import checkpoint, evaluate, pictures, sharding, workdir
 from mljax.data.source import Source, Sources
 from mljax.early_stopping import better_weights
 from mljax.errors import UserError
 from mljax.progress import Progress
-from mljax.run import Run
+from mljax.run import Run, for_use
 from mljax.step import TrainState
 
 _FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1")
@@ -102,13 +102,13 @@ def write_summary(
     return summary
 
 
-def best_weights(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The best variables of a work directory, placed on the mesh, and their
-    description."""
-    from mljax.sharding import place, state_sharding
-
+def best_weights(run: Run, folder: Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+    """The best variables of a work directory, placed on the mesh, with the run that
+    uses them (`for_use`), and their description."""
     variables, about = checkpoint.load_variables(checkpoint.find_best(folder))
-    return place(variables, state_sharding(variables, run.mesh)), about
+    run, variables = for_use(run, variables)
+    placed = sharding.place(variables, sharding.state_sharding(variables, run.mesh))
+    return run, placed, about
 
 
 def table(

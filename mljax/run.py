@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mljax import config as configs
-from mljax import evaluate, losses, models, sharding, step
+from mljax import evaluate, label_graph_data, losses, models, sharding, step
 from mljax.data import DATASETS, augment, pipeline
 from mljax.data.source import Source
 from mljax.errors import UserError
 from mljax.label_graph_data import LabelGraph
-from mljax.models.functional import functional
+from mljax.models.functional import as_function, functional, split
 
 
 class Run(NamedTuple):
@@ -91,7 +91,30 @@ def make_run(
         )
 
     apply, _ = functional(make_model)
-    eval_step = jax.jit(
+    eval_step = _eval_step(config, mesh, apply)
+    return Run(config, class_names, mesh, make_model, apply, eval_step)
+
+
+def for_use(run: Run, variables: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """`run` and its weights with what is constant in use computed once.
+
+    The scores are the same, see `models.folded`. Only for evaluation and export.
+    """
+    if run.config.model.head not in label_graph_data.HEADS:
+        return run, variables  # tracing a deep network for nothing takes seconds
+    graph, *_ = nnx.split(nnx.eval_shape(run.make_model), nnx.Param, nnx.BatchStat)
+    model = nnx.merge(graph, variables["params"], variables["batch_stats"])
+    folded = models.folded(model)
+    apply = as_function(folded)
+    run = run._replace(apply=apply, eval_step=_eval_step(run.config, run.mesh, apply))
+    params, batch_stats = split(folded)
+    return run, {"params": params, "batch_stats": batch_stats}
+
+
+def _eval_step(
+    config: ConfigDict, mesh: Mesh, apply: Callable[..., Any]
+) -> Callable[..., jax.Array]:
+    return jax.jit(
         step.make_eval_step(
             apply,
             augment.make_preprocess(config.data.flip),
@@ -99,7 +122,6 @@ def make_run(
         ),
         out_shardings=sharding.batch_sharding(mesh),
     )
-    return Run(config, class_names, mesh, make_model, apply, eval_step)
 
 
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:

@@ -197,7 +197,7 @@ def finish(
 ) -> dict[str, Any]:
     """The table and the picture of the best weights; with a held-out part of train,
     their metrics on val, which had no say in the choice."""
-    variables, _ = results.best_weights(run, folder)
+    run, variables, _ = results.best_weights(run, folder)
     best = progress.best or {}
     more = {}
     val = sources.val
@@ -240,7 +240,7 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     val = DATASETS[config.data.name](config.data, config.seed).val
     results.need_positives(val, "val")
     run = make_run(config, val.class_names)
-    variables, about = results.best_weights(run, folder)
+    run, variables, about = results.best_weights(run, folder)
     workdir.check_same_classes(path, about, val.class_names)
     report = evaluate.report(
         run.scores({"best": variables}, val)["best"], run.probabilities
@@ -248,10 +248,10 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     per_class = report.pop("per_class")
     found = {
         **report,
-        "step": int(best.name),
+        "step": int(best.name) if best.name.isdigit() else 0,  # 0: imported
         "per_class": dict(zip(val.class_names, per_class, strict=True)),
     }
     workdir.write_text(folder / "eval.json", json.dumps(found, indent=2) + "\n")
     print(results.table(val.class_names, per_class, val, report))
-    print(f"weights of step {best.name}; written to {folder / 'eval.json'}")
+    print(f"weights of step {found['step']}; written to {folder / 'eval.json'}")
     return found

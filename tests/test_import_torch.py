@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from configs.common import get_config
 from mljax.errors import UserError
-from mljax.models import build_head, build_model, import_torch
+from mljax.models import build_head, build_model, import_torch, torch_files
 from mljax.models.functional import split
 
 
@@ -154,7 +154,7 @@ def test_a_head_without_conv_head_does_not_need_it():
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 def test_read_safetensors(tmp_path, dtype):
     save_file({"a": np.ones((2, 3), dtype)}, tmp_path / "x.safetensors")
-    state = import_torch.read_file(tmp_path / "x.safetensors")
+    state = torch_files.read(tmp_path / "x.safetensors").tensors
     assert state["a"].astype(np.float32).sum() == 6
 
 
@@ -164,7 +164,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError) as error:
-            import_torch.read_file(path)
+            torch_files.read(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
@@ -186,11 +186,11 @@ def test_read_pth_asks_torch_for_weights_only(tmp_path, monkeypatch):
 
     weight = torch.arange(6.0).reshape(2, 3).to(torch.bfloat16)
     torch.save({"epoch": 3, "state_dict": {"a.weight": weight}}, tmp_path / "x.pth")
-    state = import_torch.read_file(tmp_path / "x.pth")
+    state = torch_files.read(tmp_path / "x.pth").tensors
     np.testing.assert_array_equal(state["a.weight"], np.arange(6.0).reshape(2, 3))
     torch.save({"a": types.SimpleNamespace()}, tmp_path / "code.pth")
     with pytest.raises(UserError, match="plain tensors"):
-        import_torch.read_file(tmp_path / "code.pth")
+        torch_files.read(tmp_path / "code.pth")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "x.pth").read_bytes()[:300])
     with pytest.raises(UserError, match="damaged"):
-        import_torch.read_file(tmp_path / "cut.pt")
+        torch_files.read(tmp_path / "cut.pt")

@@ -13,7 +13,7 @@ from flax import nnx
 from golden_weights import golden_weights
 
 from configs.common import get_config
-from mljax.models import build_backbone, build_model, import_torch
+from mljax.models import build_backbone, build_model, import_torch, torch_files
 from mljax.models.functional import functional, split
 
 GAIN = 1.75
@@ -149,7 +149,7 @@ def imagenet() -> nnx.Module:
     config = get_config().model
     config.backbone = "tf_mobilenetv3_large_minimal_100"
     model = build_model(config, 1000, angular=False, rngs=nnx.Rngs(0))
-    import_torch.load(model, import_torch.read_file(path))
+    import_torch.load(model, torch_files.read(path).tensors)
     return model
 
 

@@ -40,11 +40,16 @@ def functional(
       [batch, num_classes] float32, rng a key for dropout. Differentiable and
       jit-able; batch_stats change in training only.
     """
-    abstract = nnx.eval_shape(make_model)
-    graph, *_ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
 
     def init() -> tuple[Tree, Tree]:
         return split(make_model())
+
+    return as_function(nnx.eval_shape(make_model)), init
+
+
+def as_function(module: nnx.Module) -> Apply:
+    """The `apply` of `functional` for a module, whatever its own values."""
+    graph, *_ = nnx.split(module, nnx.Param, nnx.BatchStat)
 
     def apply(
         params: Tree,
@@ -59,4 +64,4 @@ def functional(
         outputs = model(images, train=train, rngs=rngs)
         return outputs, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    return apply, init
+    return apply

@@ -2,10 +2,10 @@
 
 The attribute paths of our modules are timm's names, and the layers say which axes
 they keep in another order (`torch_axes`), so this is a rename and a transpose.
+Checkpoints of the paper's PyTorch implementation have more names: `paper_names`.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,61 +13,112 @@ import numpy as np
 from flax import nnx
 
 from mljax.errors import UserError
-from mljax.models import Classifier
+from mljax.models import Classifier, paper_names
 from mljax.models.layers import BatchNorm, Linear
 from mljax.models.linear import LinearHead
+from mljax.models.torch_files import to_numpy
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 _COUNTER = "num_batches_tracked"  # torch's BatchNorm counts steps; nothing reads it
 _CLASSIFIERS = ("classifier.", "fc.", "head.")  # timm's names of a network's last layer
+# What names in heads begin with: in a file nothing else tells them from a backbone's.
+_HEADS = {"classifier", "fc", "head", "conv_head", "act2", "A", "inp", "gc1", "gc2"}
+_HEADS |= {"decoder", "encoder", "input_proj", "query_embed", "label_scores"}
+_HEADS |= {"class_vectors"}
 
 
-def load(module: nnx.Module, state_dict: Mapping[str, Any]) -> None:
+def load(module: nnx.Module, state_dict: Mapping[str, Any]) -> list[str]:
     """Puts a PyTorch state dict into `module`, in place, in the module's own dtypes.
 
     Args:
       module: a backbone, a head or a whole Classifier (names then have no prefix).
       state_dict: name -> numpy, jax or torch array in PyTorch's layout.
 
+    Returns a note if there were tensors that the paper's implementation stores and
+    does not use either.
+
     Raises UserError, one line with every missing, unexpected and misshapen tensor;
     the module is then unchanged.
     """
     wanted = _variables(module)
-    _assign(wanted, _adapted(module, wanted, _arrays(state_dict)))
+    given, notes = _adapted(module, wanted, _arrays(state_dict))
+    target, source = _shapes(wanted), _shapes(given)
+    _raise_unless_all_fit(target, source, [*target], [*source])
+    for name, stored in wanted.items():
+        stored.assign(given[name])
+    return notes
 
 
 def load_pretrained(module: Classifier, state_dict: Mapping[str, Any]) -> list[str]:
-    """Starts fine-tuning: loads what fits and returns a note on each thing left out.
+    """Starts fine-tuning: loads what `match` says and returns its notes.
 
-    The backbone must be complete. A last layer of other shape is left as it is, and
-    so are parts of the head that a pretrained network does not have (PReLU's weight,
-    a decoder), except `conv_head`, which a head that has it needs. Tensors that are
-    unknown or misshapen otherwise raise UserError as in `load`.
+    The module is unchanged if UserError is raised, as in `load`.
     """
-    wanted, notes = _variables(module), []
-    given = _adapted(module, wanted, _arrays(state_dict))
-    for name in getattr(module.head, "from_data", ()):  # this run's, not the file's
-        wanted.pop(name)
-        given.pop(name, None)
-    if _shapes(_last(wanted)) != _shapes(_last(given)):
+    wanted = _variables(module)
+    given, notes = _adapted(module, wanted, _arrays(state_dict))
+    backbone, head = _variables(module.backbone), _variables(module.head)
+
+    def in_head(name: str) -> bool:
+        other = name.partition(".")[0] in _HEADS
+        return name in head or (other and name not in backbone)
+
+    own = getattr(module.head, "from_data", ())
+    names, more = match(_shapes(wanted), _shapes(given), in_head, own)
+    for name in names:
+        wanted[name].assign(given[name])
+    return notes + more
+
+
+def match(
+    wanted: Shapes, given: Shapes, in_head: Callable[[str], bool], own: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """Which tensors of `given` to start from, and a note on each thing left out.
+
+    The backbone must be complete. A last layer of another kind or number of classes is
+    left as it is, and so are parts of the head that the other one does not have or
+    has in another shape, except `conv_head`, which belongs to timm's last layer.
+
+    Args:
+      wanted: name -> shape of what the model has.
+      given: name -> shape of the weights to start from.
+      in_head: whether a tensor of this name belongs to a head.
+      own: names that are never taken, because this run's data decides them.
+
+    Raises UserError, one line with every tensor that must fit and does not.
+    """
+    notes = []
+    wanted = {name: shape for name, shape in wanted.items() if name not in own}
+    given = {name: shape for name, shape in given.items() if name not in own}
+    last, other = _last(wanted, in_head), _last(given, in_head)
+    if last != other:
         notes.append(
-            f"the classifier was not loaded: the file has {_describe(_last(given))}, "
-            f"the model {_describe(_last(wanted))}"
+            f"the classifier was not loaded: the weights have {_describe(other)}, the "
+            f"model {_describe(last)}"
         )
-        for group in (wanted, given):
-            for name in _last(group):
-                del group[name]
-    for name in sorted(set(_variables(module.head)) & set(wanted) - set(given)):
-        if not name.startswith("conv_head."):
-            del wanted[name]
-            notes.append(f"{name} is not in the file and starts anew")
-    if not any(name.startswith("conv_head.") for name in wanted):
-        unused = [name for name in given if name.startswith("conv_head.")]
-        for name in unused:
-            del given[name]
-        if unused:
-            notes.append("conv_head was not loaded: this head does not use it")
-    _assign(wanted, given)
-    return notes
+        wanted = {name: wanted[name] for name in wanted if name not in last}
+        given = {name: given[name] for name in given if name not in other}
+    of_timm = any(name.startswith("classifier.") for name in other)
+
+    def may_differ(name: str) -> bool:
+        return in_head(name) and not (of_timm and name.startswith("conv_head."))
+
+    anew = [n for n in wanted if n not in given and may_differ(n)]
+    unused = [n for n in given if n not in wanted and in_head(n)]
+    reshaped = [
+        n for n in wanted if n in given and wanted[n] != given[n] and may_differ(n)
+    ]
+    for names, what in (
+        (anew, "not in the weights, starts anew"),
+        (reshaped, "of another shape in the weights, starts anew"),
+        (unused, "in the weights, not used by this head"),
+    ):
+        if names:
+            notes.append(f"{what}: {', '.join(names)}")
+    needed = [n for n in wanted if n not in anew and n not in reshaped]
+    known = [n for n in given if n not in unused and n not in reshaped]
+    _raise_unless_all_fit(wanted, given, needed, known)
+    return needed, notes
 
 
 def export(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -84,22 +135,6 @@ def export(module: nnx.Module) -> dict[str, np.ndarray]:
             value = state_dict.pop(f"classifier.{part}")
             state_dict[f"{backbone.classifier}.{part}"] = value
     return state_dict
-
-
-def read_file(path: str | Path) -> dict[str, np.ndarray]:
-    """Name -> array of a .safetensors file, or of a .pth / .pt file with torch.
-
-    Nothing in the file is executed (torch reads with weights_only). Raises UserError
-    for a file that is missing, damaged or of another kind, or if torch is missing.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights {path}: there is no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pth", ".pt"):
-        return _read_torch(path)
-    raise UserError(f"weights {path}: the name must end in .safetensors, .pth or .pt")
 
 
 class _Stored:
@@ -141,16 +176,9 @@ def _variables(module: nnx.Module) -> dict[str, _Stored]:
 
 def _arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """numpy arrays of whatever kind of arrays, the step counters left out."""
-
-    def to_numpy(value: Any) -> np.ndarray:
-        if hasattr(value, "detach"):  # torch; numpy has no bfloat16 for it
-            value = value.detach().cpu()
-            value = value.float() if value.element_size() < 4 else value
-        return np.asarray(value)
-
     return {
         name: to_numpy(value)
-        for name, value in state_dict.items()
+        for name, value in paper_names.without_prefixes(state_dict).items()
         if name.rpartition(".")[2] != _COUNTER
     }
 
@@ -162,97 +190,71 @@ def _is_linear(head: nnx.Module) -> bool:
 
 def _adapted(
     module: nnx.Module, wanted: Mapping[str, Any], given: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """`given` under our names: a backbone may have other forms of its weights to
-    convert (`adapt`), and another name than "classifier" for timm's last layer.
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """`given` under our names, and a note on what nobody uses.
+
+    A backbone may have other forms of its weights to convert (`adapt`), and another
+    name than "classifier" for timm's last layer.
     """
     backbone: Any = module.backbone if isinstance(module, Classifier) else module
     given = backbone.adapt(given) if hasattr(backbone, "adapt") else given
     if not isinstance(module, Classifier):
-        return given
-    if "act2.weight" not in wanted and not getattr(backbone, "head_hidden", 0):
-        given.pop("act2.weight", None)  # the method's PyTorch code has it, unused
+        return given, []
     name = getattr(backbone, "classifier", "classifier")
+    if paper_names.head_of(given) != "linear":
+        # Under these heads the paper's code keeps timm's last layers.
+        unused = paper_names.unused(given, name, _variables(backbone))
+        notes = [f"not used by the head: {', '.join(unused)}"] if unused else []
+        return {n: given[n] for n in given if n not in unused}, notes
+    if "act2.weight" not in wanted and not getattr(backbone, "head_hidden", 0):
+        given.pop("act2.weight", None)  # the paper's code has it, unused
     if name == "classifier" or f"{name}.weight" in wanted:
-        return given
+        return given, []
     # That code also keeps timm's classifier, unused, beside its own.
     replaced = "classifier.weight" in given
     for part in ("weight", "bias"):
         value = given.pop(f"{name}.{part}", None)
         if value is not None and not replaced:
             given[f"classifier.{part}"] = value
-    return given
+    return given, []
 
 
-def _assign(wanted: dict[str, _Stored], given: dict[str, np.ndarray]) -> None:
-    missing = [name for name in wanted if name not in given]
-    extra = [name for name in given if name not in wanted]
+def _raise_unless_all_fit(
+    wanted: Shapes, given: Shapes, needed: list[str], known: list[str]
+) -> None:
+    """Raises UserError naming what is needed and absent, known and not wanted, or of
+    another shape."""
     misshapen = [
-        f"{name} {list(given[name].shape)} instead of {list(stored.shape)}"
-        for name, stored in wanted.items()
-        if name in given and given[name].shape != stored.shape
+        f"{name} {list(given[name])} instead of {list(wanted[name])}"
+        for name in needed
+        if name in given and given[name] != wanted[name]
     ]
     problems = [
         f"{kind}: {', '.join(names)}"
         for kind, names in (
-            ("missing", missing),
-            ("unexpected", extra),
+            ("missing", [name for name in needed if name not in given]),
+            ("unexpected", [name for name in known if name not in wanted]),
             ("wrong shape", misshapen),
         )
         if names
     ]
     if problems:
         raise UserError(f"the weights do not fit the model; {'; '.join(problems)}")
-    for name, stored in wanted.items():
-        stored.assign(given[name])
 
 
-def _last(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: t for n, t in tensors.items() if n.startswith(_CLASSIFIERS)}
+def _last(tensors: Shapes, in_head: Callable[[str], bool]) -> Shapes:
+    """The tensors of the layer that gives the scores."""
+    return {
+        name: shape
+        for name, shape in tensors.items()
+        if in_head(name) and name.startswith(_CLASSIFIERS)
+    }
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _describe(tensors: Mapping[str, Any]) -> str:
-    shapes = _shapes(tensors).items()
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes) or "none"
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"weights {path}: damaged or not a safetensors file ({reason})"
-        ) from error
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"weights {path}: reading .pth needs torch; pip install torch, or use the "
-            ".safetensors file"
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"weights {path}: damaged or not plain tensors ({reason})"
-        ) from error
-    for key in ("state_dict", "model"):  # where training scripts put it
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
-        raise UserError(f"weights {path}: holds no state dict (names -> tensors)")
-    return _arrays(content)
+def _describe(shapes: Shapes) -> str:
+    parts = (f"{name} {list(shape)}" for name, shape in shapes.items())
+    return ", ".join(parts) or "none"

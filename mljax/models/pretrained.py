@@ -1,15 +1,18 @@
-"""`init_from`: weights to start from, out of a file or a directory."""
+"""Weights of a model from elsewhere: `init_from`, and a checkpoint as a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mljax import checkpoint
+from mljax import checkpoint, losses
+from mljax import config as configs
 from mljax.errors import UserError
-from mljax.models import Classifier, import_torch
+from mljax.models import Classifier, build_model, hub, import_torch, torch_files
 from mljax.models.functional import split
 
 Tree = dict[str, Any]
@@ -21,8 +24,8 @@ def load(
     """Weights of `make_model()` with those of `init_from` in place.
 
     Args:
-        init_from: a timm `.safetensors` or `.pth` file, a work directory, one saved
-            step, or "" for random weights.
+        init_from: a timm `.safetensors` or `.pth` file, `hf://OWNER/NAME`, a work
+            directory, one saved step, or "" for random weights.
         make_model: builds the model with random weights.
 
     Returns:
@@ -36,44 +39,69 @@ def load(
     if not init_from:
         return *split(model), []
     path = Path(init_from)
-    if not path.is_dir():
-        notes = import_torch.load_pretrained(model, import_torch.read_file(path))
-        return *split(model), notes
-    variables, _ = checkpoint.load_variables(checkpoint.find_best(path))
-    params, batch_stats = split(model)
-    params, notes = _take(params, variables["params"], path, may_differ="head")
-    found = variables["batch_stats"]
-    for name in getattr(model.head, "from_data", ()):  # this run's, not the other's
-        found.setdefault("head", {})[name] = batch_stats["head"][name]
-    batch_stats, more = _take(batch_stats, found, path, may_differ="head")
-    return params, batch_stats, notes + more
+    if init_from.startswith(hub.PREFIX):
+        path = hub.fetch(init_from)
+    elif path.is_dir():
+        return _from_directory(path, model)
+    weights = torch_files.read(path)
+    try:
+        notes = import_torch.load_pretrained(model, weights.tensors)
+    except UserError as error:
+        raise UserError(f"config.init_from = {init_from}: {error}") from error
+    return *split(model), weights.notes + notes
 
 
-def _take(
-    wanted: Tree, found: Tree, path: Path, may_differ: str
-) -> tuple[Tree, list[str]]:
-    """`found` in the structure of `wanted`; below `may_differ` what fits is taken."""
-    target, source = flatten_dict(wanted), flatten_dict(found)
-    problems: list[str] = []
-    notes: list[str] = []
-    for key in sorted(target.keys() | source.keys(), key=str):
-        name = ".".join(map(str, key))
-        if key not in source:
-            problem = f"{name} is missing"
-        elif key not in target:
-            problem = f"{name} is not in the model"
-        elif np.shape(source[key]) != np.shape(target[key]):
-            problem = (
-                f"{name} has shape {list(np.shape(source[key]))}, the model's has "
-                f"{list(np.shape(target[key]))}"
-            )
-        else:
-            target[key] = source[key]
-            continue
-        (notes if may_differ and key[0] == may_differ else problems).append(problem)
-    if problems:
+def restore(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
+    """The model of a work directory or one saved step, and its description.
+
+    Raises:
+        UserError: there is no checkpoint, or it holds a backbone without a classifier.
+    """
+    folder = checkpoint.find_best(Path(path).absolute())
+    variables, about = checkpoint.load_variables(folder)
+    config = configs.from_dict(about["config"])
+    if not about["class_names"]:
         raise UserError(
-            f"config.init_from = {path}: its weights are of another model: "
-            + "; ".join(problems)
+            f"{path}: holds a backbone without a classifier; a run can start from it "
+            "(config.init_from)"
         )
-    return unflatten_dict(target), [f"left at random: {note}" for note in notes]
+
+    def make_model() -> Classifier:
+        return build_model(
+            config.model,
+            len(about["class_names"]),
+            angular=losses.is_angular(config.loss.name),
+            dtype=jnp.dtype(config.dtype),
+            rngs=nnx.Rngs(0),
+        )
+
+    graph, *_ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
+    return nnx.merge(graph, variables["params"], variables["batch_stats"]), about
+
+
+def _from_directory(path: Path, model: Classifier) -> tuple[Tree, Tree, list[str]]:
+    """As `load`, by the same rules as for a file (`import_torch.match`)."""
+    found, _ = checkpoint.load_variables(checkpoint.find_best(path.absolute()))
+    params, batch_stats = split(model)
+    target = flatten_dict({"params": params, "batch_stats": batch_stats})
+    places, given = _by_name(target), _by_name(flatten_dict(found))
+    source = flatten_dict(found)
+    head = {n for n, key in (places | given).items() if key[1] == "head"}
+    try:
+        names, notes = import_torch.match(
+            {name: np.shape(target[key]) for name, key in places.items()},
+            {name: np.shape(source[key]) for name, key in given.items()},
+            head.__contains__,
+            getattr(model.head, "from_data", ()),
+        )
+    except UserError as error:
+        raise UserError(f"config.init_from = {path}: {error}") from error
+    for name in names:
+        target[places[name]] = source[given[name]]
+    whole = unflatten_dict(target)
+    return whole["params"], whole.get("batch_stats", {}), notes
+
+
+def _by_name(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[str, ...]]:
+    """("params", "backbone", "conv1", "weight") under "conv1.weight", as in a file."""
+    return {".".join(key[2:]): key for key in flat}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 EPS = 1e-5
+_PRELU = re.compile(r"body\.layer4\.\d+\.relu\.weight")
 
 
 def is_original(state_dict: Mapping[str, np.ndarray]) -> bool:
@@ -21,9 +22,15 @@ def is_original(state_dict: Mapping[str, np.ndarray]) -> bool:
 
 
 def from_original(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """timm's names and BatchNorm weights for an original state dict, same function."""
+    """timm's names and BatchNorm weights for an original state dict, same function.
+
+    The paper's own TResNet-L has, with AAM, a PReLU after each block of the last stage;
+    where its slope is 0 it is the ReLU that is here.
+    """
     renamed = {}
     for name, value in state_dict.items():
+        if _PRELU.fullmatch(name) and not np.any(value):
+            continue
         name = re.sub(r"(conv\d)\.0\.([01])\.", r"\1.\2.", name)  # before a blur
         name = re.sub(r"(conv\d|downsample\.\d)\.0\.", r"\1.conv.", name)
         name = re.sub(r"(conv\d|downsample\.\d)\.1\.", r"\1.bn.", name)

@@ -1,0 +1,106 @@
+"""A model for use is the folded one: the same scores, through a saved checkpoint."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from small_networks import SMALL
+from test_label_graph import some_graph
+
+from mljax import checkpoint, results, train
+from mljax import config as configs
+from mljax.data import DATASETS
+from mljax.label_graph_data import LabelGraph
+from mljax.models import BACKBONES, folded
+from mljax.models.functional import split
+from mljax.models.label_graph import GraphHead
+from mljax.run import make_run
+
+POOLS = ("avg", "max", "avg+max")
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    for name, make in SMALL.items():
+        monkeypatch.setitem(BACKBONES, name, make)
+
+
+@functools.cache
+def shapes():
+    config = configs.load("configs/shapes.py", "debug")
+    config.data.num_val = 16
+    return DATASETS["shapes"](config.data, 0)
+
+
+def a_run(folder, head="gcn", loss="aam", pool="avg"):
+    """A run of 14 classes, as configs/shapes.py has, with a best checkpoint."""
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone, config.model.head = "small_resnet", head
+    config.model.pool, config.loss.name = pool, loss
+    config.eval.batch_size, config.data.num_val = 16, 16
+    graph = some_graph(14)
+    names = shapes().val.class_names
+    graph = LabelGraph(names, graph["adjacency"], graph["embeddings"], 0.4, [])
+    run = make_run(config, names, graph if head in ("gcn", "gat") else None)
+    params, batch_stats = split(run.make_model())
+    saves = checkpoint.Checkpoints(folder / "best")
+    variables = {"params": params, "batch_stats": batch_stats}
+    about = {"config": config.to_dict(), "class_names": names}
+    saves.save(1, variables, about)
+    saves.close()
+    # As --mode=eval builds it: the graph is that of the checkpoint.
+    return config, make_run(config, names), variables
+
+
+@pytest.mark.parametrize("loss", ["aam", "bce"])
+@pytest.mark.parametrize("head", ["gcn", "gat"])
+def test_scores_of_a_saved_run_are_the_same(head, loss, tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), np.uint8)
+    for pool in POOLS:
+        folder = tmp_path / pool
+        _, run, variables = a_run(folder, head, loss, pool)
+        used, found, about = results.best_weights(run, folder)
+        assert len(about["class_names"]) == 14
+        plain = run.eval_step(variables["params"], variables["batch_stats"], images)
+        scores = used.eval_step(found["params"], found["batch_stats"], images)
+        assert plain.shape == scores.shape == (16, 14)
+        np.testing.assert_allclose(scores, plain, rtol=0, atol=1e-6)
+        assert np.ptp(np.asarray(plain)) > 0.05
+        names = set(found["params"]["head"]) | set(found["batch_stats"].get("head", ()))
+        assert names == ({"head", "gate"} if loss == "aam" else {"classifier"})
+
+
+def test_evaluation_never_runs_the_graph(tmp_path, monkeypatch, capsys):
+    config, _, _ = a_run(tmp_path)
+
+    def unused(*args, **kwargs):
+        raise AssertionError("the graph head was run")
+
+    monkeypatch.setattr(GraphHead, "__call__", unused)
+    found = train.evaluate_workdir(config, str(tmp_path))
+    assert found["step"] == 1
+    assert json.loads((tmp_path / "eval.json").read_text())["mAP"] == found["mAP"]
+    assert "mAP" in capsys.readouterr().out
+
+
+def test_an_imported_directory_is_evaluated_as_it_is(tmp_path):
+    config, run, variables = a_run(tmp_path / "run")
+    about = checkpoint.load_variables(tmp_path / "run" / "best" / "1")[1]
+    checkpoint.save_variables(tmp_path / "imported", variables, about)
+    there = train.evaluate_workdir(config, str(tmp_path / "imported"))
+    here = train.evaluate_workdir(config, str(tmp_path / "run"))
+    assert there.pop("step") == 0 and here.pop("step") == 1
+    assert here == there
+    # With eval.json in it, it is still a checkpoint.
+    assert checkpoint.load_variables(tmp_path / "imported")[1] == about
+
+
+def test_other_models_come_back_as_they_are(tmp_path):
+    _, run, variables = a_run(tmp_path, "linear")
+    model = run.make_model()
+    assert folded(model) is model
+    used, found, _ = results.best_weights(run, tmp_path)
+    assert used is run  # nothing is compiled again
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
