@@ -31,6 +31,12 @@ def get_config(arg: str = "") -> ConfigDict:
     data.image_size = 448  # pixels; pictures are resized to a square
     data.antialias = True  # bilinear resize with (True) or without antialiasing
     data.flip = 0.5  # probability of a horizontal flip
+    # Training batches can be mixed, pictures and labels: mixup (shares of both), cutmix
+    # (a box of the other). lam ~ Beta(alpha, alpha), one a batch; 0 = off.
+    data.mixup_alpha = 0.0
+    data.cutmix_alpha = 0.0
+    data.mixup_prob = 1.0  # probability that a batch is mixed
+    data.mixup_switch_prob = 0.5  # with both on: probability of cutmix
     # Share of the training images held out to choose the best epoch. With 0 the best
     # epoch is chosen on data.val, and the output says so.
     data.holdout = 0.0

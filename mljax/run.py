@@ -92,14 +92,22 @@ def make_run(
 
     apply, _ = functional(make_model)
     eval_step = jax.jit(
-        step.make_eval_step(
-            apply,
-            augment.make_preprocess(config.data.flip),
-            mesh=sharding.gathered_on(mesh),
-        ),
+        step.make_eval_step(apply, augment.normalise, mesh=sharding.gathered_on(mesh)),
         out_shardings=sharding.batch_sharding(mesh),
     )
     return Run(config, class_names, mesh, make_model, apply, eval_step)
+
+
+def make_augment(config: ConfigDict) -> step.Augment:
+    """What `config.data` does to a training batch on the device."""
+    data = config.data
+    return augment.make_augment(
+        flip=data.flip,
+        mixup_alpha=data.mixup_alpha,
+        cutmix_alpha=data.cutmix_alpha,
+        mixup_prob=data.mixup_prob,
+        mixup_switch_prob=data.mixup_switch_prob,
+    )
 
 
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:

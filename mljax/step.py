@@ -22,8 +22,10 @@ PyTree = Any
 Metrics = dict[str, jax.Array]
 # (params, batch_stats, images, train=..., rng=...) -> (outputs, new batch_stats)
 Apply = Callable[..., tuple[jax.Array, PyTree]]
-# (uint8 images, rng or None) -> float images; rng asks for random augmentation
-Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
+# (uint8 images, labels, rng) -> (float images, labels), for training
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# uint8 images -> float images, for evaluation
+Preprocess = Callable[[jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -75,7 +77,7 @@ def make_train_step(
     apply: Apply,
     loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
     optimizer: Optimizer,
-    preprocess: Preprocess,
+    augment: Augment,
     *,
     reduction: str,
     seed: int,
@@ -96,8 +98,8 @@ def make_train_step(
         apply: the model, see `Apply`.
         loss_fn: (outputs [batch, num_classes], labels [batch, num_classes]) -> scalar.
         optimizer: from `make_optimizer`.
-        preprocess: see `Preprocess`; runs once a step, so both passes of SAM see the
-            same images.
+        augment: see `Augment`; runs once a step on the whole batch, so both passes of
+            SAM see the same images and labels.
         reduction: how `loss_fn` reduces over the batch, "sum" or "mean": tells how the
             parts of an accumulated batch are put together.
         seed: of dropout and augmentation.
@@ -174,7 +176,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         augment_key, first_key, second_key = jax.random.split(key, 3)
-        images, labels = preprocess(batch["image"], augment_key), batch["labels"]
+        images, labels = augment(batch["image"], batch["labels"], augment_key)
 
         loss, grads, stats = gradient(
             state.params, state.batch_stats, images, labels, first_key
@@ -234,7 +236,7 @@ def make_eval_step(
     """
 
     def eval_step(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        images = preprocess(images, None)
+        images = preprocess(images)
         outputs, _ = apply(_gathered(params, mesh), batch_stats, images, train=False)
         return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 

@@ -19,11 +19,11 @@ from mljax import (
     workdir,
 )
 from mljax.checkpoint import Checkpoints, find_best
-from mljax.data import DATASETS, augment, pipeline
+from mljax.data import DATASETS, pipeline
 from mljax.data.source import Sources
 from mljax.models import pretrained
 from mljax.progress import Progress
-from mljax.run import Run, check_names, make_loss, make_run
+from mljax.run import Run, check_names, make_augment, make_loss, make_run
 from mljax.terminal import Terminal
 
 
@@ -90,7 +90,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             run.apply,
             loss_fn,
             optimizer,
-            augment.make_preprocess(config.data.flip),
+            make_augment(config),
             reduction=config.loss.reduction,
             seed=config.seed,
             sam_rho=config.sam.rho,

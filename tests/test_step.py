@@ -342,7 +342,7 @@ def test_eval_step():
         return outputs.astype(jnp.bfloat16), stats
 
     images = make_batch()["image"]
-    outputs = jax.jit(make_eval_step(half, lambda x, rng: x / 2))(params, stats, images)
+    outputs = jax.jit(make_eval_step(half, lambda x: x / 2))(params, stats, images)
     assert outputs.shape == (16, 4) and outputs.dtype == jnp.float32
     expected, _ = mlp(params, stats, images / 2)
     np.testing.assert_allclose(outputs, expected, rtol=0.01, atol=0.01)
