@@ -135,6 +135,16 @@ def get_config(arg: str = "") -> ConfigDict:
     optim.bias_lr_factor = 2.0  # learning rate of biases over that of the rest
     optim.decay_bias_and_norm = False  # weight decay on biases and 1-D parameters too
     optim.clip_norm = 0.0  # largest global gradient norm; 0 = no clipping
+    # Fine-tuning. freeze: parameters that are not trained, as prefixes of their paths
+    # separated by commas: "backbone", "backbone.conv_stem, backbone.blocks.0".
+    optim.freeze = ""
+    optim.freeze_epochs = 0  # they are trained after so many epochs; 0 = never
+    # Frozen BatchNorm uses its running statistics (True) or the batch's, and then
+    # its running statistics move (False).
+    optim.freeze_stats = True
+    optim.backbone_lr_factor = 1.0  # learning rate of the backbone over the head's
+    # Learning rate of a block of the backbone over that of the next one.
+    optim.layer_decay = 1.0
     optim.accumulate = 1  # a step's batch is run in this many parts
     optim.schedule = "one_cycle"  # one_cycle | cosine | constant
     optim.pct_start = 0.2  # one_cycle: share of steps spent rising; cosine: warm-up

@@ -141,6 +141,11 @@ def validate(config: ConfigDict) -> None:
                     f"{defaults[key]!r} (the head's own settings: "
                     f"config.model.{config.model.head})"
                 )
+    if config.optim.freeze_epochs >= config.epochs:
+        raise UserError(
+            f"config.optim.freeze_epochs = {config.optim.freeze_epochs}: must be below "
+            f"config.epochs = {config.epochs} (0 freezes for the whole run)"
+        )
     _refuse_idle(config, flat)
     if config.data.name == "annotations" and not config.data.root:
         raise UserError(
@@ -153,7 +158,7 @@ def validate(config: ConfigDict) -> None:
 
 def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     """Raises UserError for a setting that was changed and would do nothing."""
-    data, defaults = config.data, flatten(common())
+    data, optim, defaults = config.data, config.optim, flatten(common())
     mixup, cutmix = data.mixup_alpha > 0, data.cutmix_alpha > 0
     either = "config.data.mixup_alpha or config.data.cutmix_alpha above 0"
     for key, acts, needed in (
@@ -161,6 +166,8 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
         ("data.cutmix_alpha", config.batch_size > 1, "config.batch_size above 1"),
         ("data.mixup_prob", mixup or cutmix, either),
         ("data.mixup_switch_prob", mixup and cutmix, either.replace(" or ", " and ")),
+        ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
+        ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),
     ):
         if flat[key] != defaults[key] and not acts:
             raise UserError(
@@ -301,6 +308,9 @@ _RULES: dict[str, _Rule] = {
     "optim.eps": _POSITIVE,
     "optim.bias_lr_factor": _AT_LEAST_0,
     "optim.clip_norm": _AT_LEAST_0,
+    "optim.freeze_epochs": _AT_LEAST_0,
+    "optim.backbone_lr_factor": _POSITIVE,
+    "optim.layer_decay": _POSITIVE_SHARE,
     "optim.accumulate": _POSITIVE,
     "optim.schedule": _one_of("one_cycle", "cosine", "constant"),
     "optim.pct_start": _SHARE,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mljax import config as configs
-from mljax import evaluate, losses, models, sharding, step
+from mljax import evaluate, finetune, losses, models, sharding, step
 from mljax.data import DATASETS, augment, pipeline
 from mljax.data.source import Source
 from mljax.errors import UserError
@@ -51,6 +51,16 @@ class Run(NamedTuple):
         )
         rows = sharding.batch_sharding(self.mesh)
         return evaluate.run(self.eval_step, variants, batches, rows)
+
+    def frozen_apply(self) -> Callable[..., Any]:
+        """`apply` while what `config.optim.freeze` names is frozen."""
+        optim = self.config.optim
+        if not optim.freeze_stats:
+            return self.apply
+        fixed, _ = functional(
+            lambda: finetune.fix_batch_norm(self.make_model(), optim.freeze)
+        )
+        return fixed
 
     def probabilities(self, outputs: Any) -> Any:
         return losses.probabilities(outputs, self.config.loss)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mljax.finetune import hold, keep
 from mljax.optim import Optimizer
 
 PyTree = Any
@@ -87,6 +88,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     clip_norm: float = 0.0,
+    frozen: PyTree | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """One optimisation step: gradients, SAM, clipping, update, EMA.
@@ -111,6 +113,8 @@ def make_train_step(
             gradient is that of the whole batch, except that BatchNorm sees one part
             at a time.
         clip_norm: largest global norm of the gradient that is used; 0 = no clipping.
+        frozen: which parameters stay as they are, from `frozen_parameters`; SAM does
+            not perturb them. `apply` decides about their batch statistics.
         mesh: where parameters are sharded; they are gathered for the computation.
 
     Returns:
@@ -139,9 +143,8 @@ def make_train_step(
         params: PyTree, batch_stats: PyTree, images: Any, labels: Any, rng: Any
     ) -> tuple[jax.Array, PyTree, PyTree]:
         def loss_of(params: PyTree) -> tuple[jax.Array, PyTree]:
-            outputs, stats = apply(
-                _gathered(params, mesh), batch_stats, images, train=True, rng=rng
-            )
+            whole = _gathered(hold(params, frozen), mesh)
+            outputs, stats = apply(whole, batch_stats, images, train=True, rng=rng)
             return loss_fn(outputs, labels), stats
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -183,6 +186,8 @@ def make_train_step(
         )
         if sam_rho:
             nearby = _ascend(state.params, grads, sam_rho, sam_adaptive)
+            # What XLA sees to be the same in both passes it computes once.
+            nearby = keep(state.params, nearby, frozen)
             loss, grads, second_stats = gradient(
                 nearby, stats, images, labels, second_key
             )
@@ -197,7 +202,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, state.step
         )
-        params = optax.apply_updates(state.params, updates)
+        params = keep(state.params, optax.apply_updates(state.params, updates), frozen)
         new = replace(state, params=params, batch_stats=stats, opt_state=opt_state)
         if ema_decay:
             new = replace(

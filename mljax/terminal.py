@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mljax import finetune
 from mljax.data.source import Sources
 from mljax.early_stopping import Decision
 from mljax.progress import Progress
@@ -69,6 +70,9 @@ class Terminal:
         )
         for note in notes:
             self.say(f"weights: {note}")
+        rates = finetune.report(params, self.config.optim)
+        if rates:
+            self.say(rates)
         steps = self.total_steps
         self.say(f"plan:    {steps} steps, the best epoch chosen on {chosen_on}")
         if start:
@@ -78,6 +82,10 @@ class Terminal:
         self.say(
             f"first step done {seconds:.1f} s after the start (compiling included)"
         )
+        self.restart_clock()
+
+    def thawed(self) -> None:
+        self.say("nothing is frozen from here on")
         self.restart_clock()
 
     def restart_clock(self) -> None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mljax import (
     compile_cache,
     evaluate,
+    finetune,
     label_graph_data,
     optim,
     results,
@@ -53,11 +54,12 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     params, batch_stats, notes = pretrained.load(config.init_from, run.make_model)
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
+    thaw_step = config.optim.freeze_epochs * steps_per_epoch
+    optimizer = optim.make_optimizer(
+        config.optim, config.batch_size, total_steps, params, thaw_step
+    )
     folder = workdir.open_for_training(path, config)
 
-    optimizer = optim.make_optimizer(
-        config.optim, config.batch_size, total_steps, params
-    )
     ema_decay = config.ema.decay
     if config.ema.half_life:
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
@@ -85,9 +87,10 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     workdir.write_history(folder, history)
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
-    train_step = jax.jit(
-        step.make_train_step(
-            run.apply,
+
+    def compiled(apply: step.Apply, frozen: Any) -> Any:
+        train_step = step.make_train_step(
+            apply,
             loss_fn,
             optimizer,
             make_augment(config),
@@ -99,12 +102,23 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             ema_decay=ema_decay,
             accumulate=config.optim.accumulate,
             clip_norm=config.optim.clip_norm,
+            frozen=frozen,
             mesh=sharding.gathered_on(run.mesh),
-        ),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )
+        )
+        return jax.jit(
+            train_step,
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        )
+
+    train_step = compiled(run.apply, None)
+    frozen_until = 0
+    if config.optim.freeze:
+        # A program of its own, in which nothing is computed for what is frozen.
+        frozen = finetune.frozen_parameters(params, config.optim.freeze)
+        frozen_step = compiled(run.frozen_apply(), frozen)
+        frozen_until = thaw_step or total_steps
     batches = pipeline.train_batches(
         source,
         data_config=config.data,
@@ -134,7 +148,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         bad = batch["index"][~batch["ok"]]
         progress.unreadable.update(source.names[i] for i in bad)
         arrays = {name: batch[name] for name in ("image", "labels")}
-        state, metrics = train_step(state, sharding.global_batch(arrays, rows))
+        this_step = frozen_step if at <= frozen_until else train_step
+        state, metrics = this_step(state, sharding.global_batch(arrays, rows))
         # The numbers of a step are fetched once the next one is running.
         if previous is not None:
             absorb(*previous)
@@ -142,6 +157,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         if at == start + 1:
             jax.block_until_ready(metrics)
             terminal.first_step(time.perf_counter() - started)
+        elif at == thaw_step + 1:
+            jax.block_until_ready(metrics)
+            terminal.thawed()
 
         epoch, inside = divmod(at, steps_per_epoch)
         every = config.train.checkpoint_every

@@ -63,6 +63,9 @@ def test_bad_override(key, text, message):
         ("data.on_error", "ignore", "must be one of stop, skip"),
         ("data.mixup_alpha", "-1", "must be 0 or more"),
         ("data.mixup_prob", "0", "must be above 0 and at most 1"),
+        ("optim.layer_decay", "1.1", "must be above 0 and at most 1"),
+        ("optim.backbone_lr_factor", "0", "must be above 0"),
+        ("optim.freeze_epochs", "60", r"must be below config\.epochs = 60"),
     ],
 )
 def test_bad_value(key, text, message):
@@ -111,6 +114,8 @@ def test_settings_that_a_head_ignores_are_refused(head, key, text):
     [
         ("data.mixup_prob", "0.5", ["data.mixup_alpha"]),
         ("data.mixup_switch_prob", "0", ["data.mixup_alpha", "data.cutmix_alpha"]),
+        ("optim.freeze_epochs", "2", ["optim.freeze"]),
+        ("optim.freeze_stats", "false", ["optim.freeze"]),
     ],
 )
 def test_settings_that_do_nothing_alone_are_refused(key, text, needed):

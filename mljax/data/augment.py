@@ -43,10 +43,10 @@ def make_augment(
         [batch, height, width, 3] -> float32 in [-1, 1]; labels [batch, num_classes]
         as they are, or float32 where batches are mixed.
 
-    One lam is drawn a batch, and each image is mixed with the next one of the whole
-    batch (the last with the first), as good as a permutation since batches are drawn
-    in random order. Over several devices this moves one uint8 image to a neighbour,
-    where a permutation or the reversed batch would move all of them.
+    One lam is drawn a batch, and each image is mixed with the one before it in the
+    whole batch (the first with the last): as good as a permutation, since batches are
+    drawn in random order. Over several devices this moves one uint8 image to a
+    neighbour, where a permutation or the reversed batch would move all of them.
     """
 
     def augment(
