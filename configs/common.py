@@ -161,6 +161,12 @@ def get_config(arg: str = "") -> ConfigDict:
     ema.decay = 0.9997  # per step; 0 = no EMA
     ema.half_life = 0.0  # in images; above 0 it replaces decay
 
+    # Two networks of this architecture are trained at once, and each learns what the
+    # other says too: weight of the mean divergence of their predictions, 0 = one
+    # network alone. Beside a loss that is a sum over the batch (loss.reduction) it
+    # takes a large weight.
+    config.mutual = ConfigDict(dict(weight=0.0))
+
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along each axis; -1 = all that are left
     mesh.fsdp = 1

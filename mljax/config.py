@@ -320,6 +320,7 @@ _RULES: dict[str, _Rule] = {
     "sam.update_stats": _one_of("both", "first"),
     "ema.decay": _BELOW_1,
     "ema.half_life": _AT_LEAST_0,
+    "mutual.weight": _AT_LEAST_0,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "train.log_every": _POSITIVE,

@@ -14,10 +14,13 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mljax.errors import UserError
+from mljax.models.functional import NETWORKS
 from mljax.models.layers import BatchNorm
 
 PyTree = Any
 
+# Both networks of a pair have the same names, behind their own.
+_NETWORK = re.compile(rf"({'|'.join(NETWORKS)})\.(?=(backbone|head)\.)")
 # What stands before the blocks, and the blocks themselves, with their numbers.
 _STEM = re.compile(
     r"backbone\.(body\.)?(conv_stem|conv1|bn1|patch_embed|cls_token|pos_embed)\b"
@@ -27,8 +30,15 @@ _MOST_ROWS = 20  # a longer table shows its ends only
 
 
 def path_name(path: Any) -> str:
-    """A path of jax.tree_util as text: "backbone.conv1.weight"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    """A path of jax.tree_util as text: "backbone.conv1.weight", in both of a pair."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    found = _NETWORK.match(name)
+    return name[found.end() :] if found else name
+
+
+def one_network(params: PyTree) -> PyTree:
+    """`params`, of a pair those of its first network."""
+    return params[NETWORKS[0]] if set(params) == set(NETWORKS) else params
 
 
 def prefixes(freeze: str) -> list[str]:
@@ -224,7 +234,7 @@ def _block(name: str) -> tuple[int, ...]:
 
 def _require(name: str, params: PyTree) -> None:
     """Raises UserError, with the choices, if nothing is called `name`."""
-    node, seen = params, ""
+    node, seen = one_network(params), ""
     for part in name.split("."):
         if not isinstance(node, Mapping) or part not in node:
             choices = sorted(node) if isinstance(node, Mapping) else ["no parts"]

@@ -13,6 +13,7 @@ from mljax import (
     evaluate,
     finetune,
     label_graph_data,
+    mutual,
     optim,
     results,
     sharding,
@@ -22,7 +23,6 @@ from mljax import (
 from mljax.checkpoint import Checkpoints, find_best
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Sources
-from mljax.models import pretrained
 from mljax.progress import Progress
 from mljax.run import Run, check_names, make_augment, make_loss, make_run
 from mljax.terminal import Terminal
@@ -51,7 +51,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     loss_fn = make_loss(config, names)
     graph = label_graph_data.build(config, source)
     run = make_run(config, names, graph)
-    params, batch_stats, notes = pretrained.load(config.init_from, run.make_model)
+    params, batch_stats, notes = mutual.load(config, run.make_model)
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     thaw_step = config.optim.freeze_epochs * steps_per_epoch
@@ -88,9 +88,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
 
-    def compiled(apply: step.Apply, frozen: Any) -> Any:
+    def compiled(frozen: Any) -> Any:
         train_step = step.make_train_step(
-            apply,
+            run.train_apply(frozen is not None),
             loss_fn,
             optimizer,
             make_augment(config),
@@ -103,6 +103,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             accumulate=config.optim.accumulate,
             clip_norm=config.optim.clip_norm,
             frozen=frozen,
+            is_pair=run.is_pair,
             mesh=sharding.gathered_on(run.mesh),
         )
         return jax.jit(
@@ -112,12 +113,12 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             donate_argnums=0,
         )
 
-    train_step = compiled(run.apply, None)
+    train_step = compiled(None)
     frozen_until = 0
     if config.optim.freeze:
         # A program of its own, in which nothing is computed for what is frozen.
         frozen = finetune.frozen_parameters(params, config.optim.freeze)
-        frozen_step = compiled(run.frozen_apply(), frozen)
+        frozen_step = compiled(frozen)
         frozen_until = thaw_step or total_steps
     batches = pipeline.train_batches(
         source,
@@ -168,7 +169,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         absorb(*previous)
         previous = None
         if not inside and (epoch % config.train.eval_every == 0 or at == total_steps):
-            variants = results.variants(state)
+            variants = results.variants(state, run.is_pair)
             scores = run.scores(variants, judge)
             row, per_class = results.row(at, epoch, progress, scores, run)
             decision = progress.stopping.update(
@@ -177,9 +178,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
                 warmed_up=epoch > config.train.warmup_epochs,
             )
             if decision.is_best:
-                weights = row["weights"]
+                chosen = variants[results.variant(row)]
                 progress.best = {**row, "per_class": per_class}
-                best.save(at, variants[weights], {**about, "best": progress.best})
+                best.save(at, chosen, {**about, "best": progress.best})
                 best.wait()
             progress.stopping, progress.stopped = decision.state, decision.stop
             history.append(row)
@@ -227,7 +228,8 @@ def finish(
     terminal.say("")
     terminal.say(results.table(run.class_names, per_class, val, figures))
     terminal.say(
-        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights at epoch "
+        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights"
+        f"{' of network ' + best['network'] if run.is_pair else ''} at epoch "
         f"{best['epoch']}, chosen on {chosen_on}"
     )
     if run.config.published_mAP:

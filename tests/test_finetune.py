@@ -11,7 +11,7 @@ from flax import nnx
 from configs.common import get_config
 from mljax import finetune
 from mljax.errors import UserError
-from mljax.models import BACKBONES, Classifier, build_backbone, build_head
+from mljax.models import BACKBONES, Classifier, build_backbone, build_head, layers
 from mljax.models.blocks import Blocks
 from mljax.models.functional import functional, split
 from mljax.models.layers import BatchNorm, Conv
@@ -91,7 +91,9 @@ def test_learning_rates_of_layers():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_layer_decay_follows_the_blocks_of_every_backbone(name):
+def test_layer_decay_follows_the_blocks_of_every_backbone(name, monkeypatch):
+    # Only names and shapes are needed, and random numbers are slow to trace.
+    monkeypatch.setattr(layers, "draw", lambda rngs, _, shape, *__: jnp.zeros(shape))
     model = nnx.eval_shape(lambda: build_backbone(name, rngs=nnx.Rngs(0)))
     blocks = []  # paths in the order in which they run
     for path, row in nnx.iter_modules(model):
