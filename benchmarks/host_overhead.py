@@ -70,7 +70,7 @@ def main() -> None:
             apply,
             losses.bce,
             optimizer,
-            augment.make_preprocess(0.5),
+            augment.make_augment(flip=0.5),
             reduction="sum",
             seed=0,
             sam_rho=0.05,

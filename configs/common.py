@@ -31,6 +31,12 @@ def get_config(arg: str = "") -> ConfigDict:
     data.image_size = 448  # pixels; pictures are resized to a square
     data.antialias = True  # bilinear resize with (True) or without antialiasing
     data.flip = 0.5  # probability of a horizontal flip
+    # Training batches can be mixed, pictures and labels: mixup (shares of both), cutmix
+    # (a box of the other). lam ~ Beta(alpha, alpha), one a batch; 0 = off.
+    data.mixup_alpha = 0.0
+    data.cutmix_alpha = 0.0
+    data.mixup_prob = 1.0  # probability that a batch is mixed
+    data.mixup_switch_prob = 0.5  # with both on: probability of cutmix
     # Share of the training images held out to choose the best epoch. With 0 the best
     # epoch is chosen on data.val, and the output says so.
     data.holdout = 0.0
@@ -129,6 +135,16 @@ def get_config(arg: str = "") -> ConfigDict:
     optim.bias_lr_factor = 2.0  # learning rate of biases over that of the rest
     optim.decay_bias_and_norm = False  # weight decay on biases and 1-D parameters too
     optim.clip_norm = 0.0  # largest global gradient norm; 0 = no clipping
+    # Fine-tuning. freeze: parameters that are not trained, as prefixes of their paths
+    # separated by commas: "backbone", "backbone.conv_stem, backbone.blocks.0".
+    optim.freeze = ""
+    optim.freeze_epochs = 0  # they are trained after so many epochs; 0 = never
+    # Frozen BatchNorm uses its running statistics (True) or the batch's, and then
+    # its running statistics move (False).
+    optim.freeze_stats = True
+    optim.backbone_lr_factor = 1.0  # learning rate of the backbone over the head's
+    # Learning rate of a block of the backbone over that of the next one.
+    optim.layer_decay = 1.0
     optim.accumulate = 1  # a step's batch is run in this many parts
     optim.schedule = "one_cycle"  # one_cycle | cosine | constant
     optim.pct_start = 0.2  # one_cycle: share of steps spent rising; cosine: warm-up
@@ -144,6 +160,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ema = ema = ConfigDict()
     ema.decay = 0.9997  # per step; 0 = no EMA
     ema.half_life = 0.0  # in images; above 0 it replaces decay
+
+    # Two networks of this architecture are trained at once, and each learns what the
+    # other says too: weight of the mean divergence of their predictions, 0 = one
+    # network alone. Beside a loss that is a sum over the batch (loss.reduction) it
+    # takes a large weight.
+    config.mutual = ConfigDict(dict(weight=0.0))
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices along each axis; -1 = all that are left

@@ -13,6 +13,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from mljax.errors import UserError
+from mljax.models.functional import NETWORKS
 
 FORMAT = 1  # of the description; raised when older code could not read it
 _KEEP = 2  # the older one stays until the newer one is wholly written
@@ -123,6 +124,11 @@ def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         # A saved step holds one checkpointable, "state".
         about = check_format(ocp.checkpointables_metadata(path).custom_metadata, path)
         found = ocp.metadata(path, checkpointable_name="state").metadata
+        if set(found["params"]) == set(NETWORKS):
+            raise UserError(
+                f"{path}: holds the two networks of a run with config.mutual; its work "
+                "directory has the better one, ready for use, in best/"
+            )
         wanted = {
             name: jax.tree.map(_on_host, found[name])
             for name in ("params", "batch_stats")

@@ -142,6 +142,12 @@ def validate(config: ConfigDict) -> None:
                     f"{defaults[key]!r} (the head's own settings: "
                     f"config.model.{config.model.head})"
                 )
+    if config.optim.freeze_epochs >= config.epochs:
+        raise UserError(
+            f"config.optim.freeze_epochs = {config.optim.freeze_epochs}: must be below "
+            f"config.epochs = {config.epochs} (0 freezes for the whole run)"
+        )
+    _refuse_idle(config, flat)
     if config.data.name == "annotations" and not config.data.root:
         raise UserError(
             f"config.data.root is empty: name the folder that holds {config.data.train}"
@@ -149,6 +155,26 @@ def validate(config: ConfigDict) -> None:
         )
     if config.data.name == "tfds" and not config.data.tfds_name:
         raise UserError('config.data.tfds_name is empty: name a builder ("voc/2007")')
+
+
+def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting that was changed and would do nothing."""
+    data, optim, defaults = config.data, config.optim, flatten(common())
+    mixup, cutmix = data.mixup_alpha > 0, data.cutmix_alpha > 0
+    either = "config.data.mixup_alpha or config.data.cutmix_alpha above 0"
+    for key, acts, needed in (
+        ("data.mixup_alpha", config.batch_size > 1, "config.batch_size above 1"),
+        ("data.cutmix_alpha", config.batch_size > 1, "config.batch_size above 1"),
+        ("data.mixup_prob", mixup or cutmix, either),
+        ("data.mixup_switch_prob", mixup and cutmix, either.replace(" or ", " and ")),
+        ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
+        ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),
+    ):
+        if flat[key] != defaults[key] and not acts:
+            raise UserError(
+                f"config.{key} = {flat[key]!r}: does nothing without {needed}; leave "
+                f"it at {defaults[key]!r}"
+            )
 
 
 def validate_devices(config: ConfigDict, devices: int) -> None:
@@ -216,6 +242,7 @@ def _one_of(*choices: str) -> _Rule:
 _POSITIVE: _Rule = (lambda v: 0 < v < math.inf, "above 0")
 _AT_LEAST_0: _Rule = (lambda v: 0 <= v < math.inf, "0 or more")
 _SHARE: _Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
+_POSITIVE_SHARE: _Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 _BELOW_1: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 _AXIS: _Rule = (lambda v: v == -1 or v > 0, "-1 or above 0")
 
@@ -233,6 +260,10 @@ _RULES: dict[str, _Rule] = {
     "data.num_val": _AT_LEAST_0,
     "data.image_size": (lambda v: v >= 16, "at least 16 (pixels)"),
     "data.flip": _SHARE,
+    "data.mixup_alpha": _AT_LEAST_0,
+    "data.cutmix_alpha": _AT_LEAST_0,
+    "data.mixup_prob": _POSITIVE_SHARE,
+    "data.mixup_switch_prob": _SHARE,
     "data.holdout": _BELOW_1,
     "data.on_error": _one_of("stop", "skip"),
     "data.max_pixels": _POSITIVE,
@@ -253,7 +284,7 @@ _RULES: dict[str, _Rule] = {
     "model.query2label.dropout": _BELOW_1,
     "model.csra.heads": (lambda v: v in (1, 2, 4, 6, 8), "one of 1, 2, 4, 6, 8"),
     "model.csra.residual": _AT_LEAST_0,
-    "model.graph.tau": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "model.graph.tau": _POSITIVE_SHARE,
     "model.graph.rho": _AT_LEAST_0,
     "model.graph.embedding_dim": _POSITIVE,
     "model.graph.embedding_std": _POSITIVE,
@@ -282,6 +313,9 @@ _RULES: dict[str, _Rule] = {
     "optim.eps": _POSITIVE,
     "optim.bias_lr_factor": _AT_LEAST_0,
     "optim.clip_norm": _AT_LEAST_0,
+    "optim.freeze_epochs": _AT_LEAST_0,
+    "optim.backbone_lr_factor": _POSITIVE,
+    "optim.layer_decay": _POSITIVE_SHARE,
     "optim.accumulate": _POSITIVE,
     "optim.schedule": _one_of("one_cycle", "cosine", "constant"),
     "optim.pct_start": _SHARE,
@@ -291,6 +325,7 @@ _RULES: dict[str, _Rule] = {
     "sam.update_stats": _one_of("both", "first"),
     "ema.decay": _BELOW_1,
     "ema.half_life": _AT_LEAST_0,
+    "mutual.weight": _AT_LEAST_0,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "train.log_every": _POSITIVE,

@@ -1,6 +1,8 @@
 """Schedules, parameter groups and optimisers: SGD, AdamW and LAMB from optax."""
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+
+from mljax.finetune import frozen_parameters, keep, lr_factors, path_name
 
 # step -> value. A step that is a JAX array (a traced one too) gives a JAX value; an
 # int or a numpy array gives a float64 one without touching a device.
@@ -24,7 +28,8 @@ class Optimizer(NamedTuple):
     init: params -> opt_state.
     update: (grads, opt_state, params, step) -> (updates, opt_state); the updates are
         added to the parameters (`optax.apply_updates`).
-    learning_rate: step -> learning rate of weights (biases: times bias_lr_factor).
+    learning_rate: step -> learning rate of the head's weights; that of biases and of
+        the backbone can have a factor.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -124,10 +129,10 @@ def parameter_groups(
     """
 
     def is_bias(path: Any, _: Any) -> bool:
-        return _name(path).endswith("bias")
+        return path_name(path).endswith("bias")
 
     def is_decayed(path: Any, x: Any) -> bool:
-        name = _name(path)
+        name = path_name(path)
         exempt = name.endswith("bias") or "norm" in name or "query_embed" in name
         return decay_bias_and_norm or (x.ndim > 1 and not exempt)
 
@@ -138,7 +143,11 @@ def parameter_groups(
 
 
 def make_optimizer(
-    config: ConfigDict, batch_size: int, total_steps: int, params: PyTree
+    config: ConfigDict,
+    batch_size: int,
+    total_steps: int,
+    params: PyTree,
+    thaw_step: int = 0,
 ) -> Optimizer:
     """The optimiser of `config` (the `optim` part of configs/common.py).
 
@@ -150,9 +159,12 @@ def make_optimizer(
         batch_size: images in one step, over all devices.
         total_steps: steps in the whole run.
         params: the parameters or their shapes, to tell the groups apart.
+        thaw_step: from this step on the parameters that config.freeze names are
+            trained too; 0 = never.
 
     Raises:
         ValueError: if config.name or config.schedule is unknown.
+        UserError: as `finetune.frozen_parameters` and `finetune.lr_factors`.
     """
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optim.name = {config.name!r}: must be one of {OPTIMIZERS}")
@@ -162,6 +174,25 @@ def make_optimizer(
         )
     learning_rate = _learning_rate(config, batch_size, total_steps)
     momentum = _momentum(config, total_steps)
+    factors = lr_factors(params, config.backbone_lr_factor, config.layer_decay)
+    frozen = frozen_parameters(params, config.freeze)
+    build = partial(_optimizer, config, learning_rate, momentum)
+    if frozen is None:
+        return build(params, factors)
+    trained = jax.tree.map(operator.not_, frozen)
+    first = build(_only(trained, params), _only(trained, factors))
+    second = build(_only(frozen, params), _only(frozen, factors)) if thaw_step else None
+    return _with_frozen(first, second, frozen, thaw_step)
+
+
+def _optimizer(
+    config: ConfigDict,
+    learning_rate: Schedule,
+    momentum: Schedule,
+    params: PyTree,
+    factors: PyTree | None,
+) -> Optimizer:
+    """The rule of `config` for all of `params`; see `finetune.lr_factors`."""
     is_bias, is_decayed = parameter_groups(params, config.decay_bias_and_norm)
 
     def chain(lr: Any, mu: Any) -> optax.GradientTransformation:
@@ -176,8 +207,10 @@ def make_optimizer(
             rule = [adam, decay]  # decoupled: the decay is not rescaled by Adam
             if config.name == "lamb":
                 rule.append(optax.scale_by_trust_ratio())
-        bias_lr = optax.masked(optax.scale(config.bias_lr_factor), is_bias)
-        return optax.chain(*rule, bias_lr, optax.scale(-lr))
+        rule.append(optax.masked(optax.scale(config.bias_lr_factor), is_bias))
+        if factors is not None:
+            rule.append(_scale_each(factors))
+        return optax.chain(*rule, optax.scale(-lr))
 
     def init(params: PyTree) -> PyTree:
         return chain(0.0, 0.0).init(params)  # the state does not depend on the values
@@ -194,6 +227,53 @@ def make_optimizer(
         return chain(lr, mu).update(grads, opt_state, params)
 
     return Optimizer(init, update, learning_rate)
+
+
+def _with_frozen(
+    first: Optimizer, second: Optimizer | None, frozen: PyTree, thaw_step: int
+) -> Optimizer:
+    """`first` for what is not frozen; for the rest no update, or `second` in the end.
+
+    Each has a state of its own, without entries for the other's parameters. That of
+    `second` begins at thaw_step, and with it Adam's correction of its first moments.
+    """
+    trained = jax.tree.map(operator.not_, frozen)
+
+    def init(params: PyTree) -> PyTree:
+        state = first.init(_only(trained, params))
+        return state if second is None else (state, second.init(_only(frozen, params)))
+
+    def update(
+        grads: PyTree, opt_state: PyTree, params: PyTree, step: Any
+    ) -> tuple[PyTree, PyTree]:
+        state, later = (opt_state, None) if second is None else opt_state
+        updates, state = first.update(
+            _only(trained, grads), state, _only(trained, params), step
+        )
+        still = jax.tree.map(jnp.zeros_like, _only(frozen, params))
+        if second is None:
+            return keep(still, updates, frozen), state
+        new = second.update(_only(frozen, grads), later, _only(frozen, params), step)
+        others, later = jax.tree.map(
+            lambda a, b: jnp.where(step >= thaw_step, a, b), new, (still, later)
+        )
+        return keep(others, updates, frozen), (state, later)
+
+    return Optimizer(init, update, first.learning_rate)
+
+
+def _only(chosen: PyTree, tree: PyTree | None) -> PyTree:
+    """`tree` without the arrays that are not chosen (None, a tree of nothing)."""
+    if tree is None:
+        return None
+    return jax.tree.map(lambda c, x: x if c else None, chosen, tree)
+
+
+def _scale_each(factors: PyTree) -> optax.GradientTransformation:
+    """Every update times its own factor."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors)
+    )
 
 
 def _learning_rate(config: ConfigDict, batch_size: int, total_steps: int) -> Schedule:
@@ -256,7 +336,3 @@ def _check(total_steps: int, pct_start: float) -> None:
         raise ValueError(f"total_steps = {total_steps}: must be at least 1")
     if not 0 <= pct_start <= 1:
         raise ValueError(f"pct_start = {pct_start}: must be between 0 and 1")
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -12,6 +12,7 @@ from mljax import checkpoint, evaluate, pictures, sharding, workdir
 from mljax.data.source import Source, Sources
 from mljax.early_stopping import better_weights
 from mljax.errors import UserError
+from mljax.models.functional import NETWORKS
 from mljax.progress import Progress
 from mljax.run import Run, for_use
 from mljax.step import TrainState
@@ -41,13 +42,27 @@ def need_positives(source: Source, name: str) -> None:
         raise UserError(f"{name}: no image has a label, so there is no mAP to compute")
 
 
-def variants(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The weights to evaluate: "raw", and "ema" where there is one."""
+def variants(state: TrainState, is_pair: bool) -> dict[str, dict[str, Any]]:
+    """The weights to evaluate: "raw", and "ema" where there is one.
+
+    Of a pair those of each network: "raw one", "raw two" and so on.
+    """
     found = {"raw": {"params": state.params, "batch_stats": state.batch_stats}}
     if state.ema_params is not None:
         ema = {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
         found["ema"] = ema
-    return found
+    if not is_pair:
+        return found
+    return {
+        f"{weights} {network}": {kind: tree[network] for kind, tree in both.items()}
+        for weights, both in found.items()
+        for network in NETWORKS
+    }
+
+
+def variant(row: Mapping[str, Any]) -> str:
+    """Which of the `variants` a row is about."""
+    return f"{row['weights']} {row['network']}" if "network" in row else row["weights"]
 
 
 def row(
@@ -57,23 +72,37 @@ def row(
     scores: Mapping[str, evaluate.Scores],
     run: Run,
 ) -> tuple[dict[str, Any], list[float | None]]:
-    """One line of metrics.jsonl, and the AP of every class (None: no positive)."""
+    """One line of metrics.jsonl, and the AP of every class (None: no positive).
+
+    It is about the weights that count, of a pair those of its better network.
+    """
     reports = {k: evaluate.report(s, run.probabilities) for k, s in scores.items()}
-    raw = reports["raw"]["mAP"]
-    ema = reports["ema"]["mAP"] if "ema" in reports else None
-    _, weights = better_weights(raw, ema)
-    chosen = dict(reports[weights])
+    networks: dict[str, dict[str, Any]] = {}
+    for network in NETWORKS if run.is_pair else ("",):
+        end = f" {network}" if network else ""
+        raw = reports[f"raw{end}"]["mAP"]
+        ema = reports[f"ema{end}"]["mAP"] if f"ema{end}" in reports else None
+        _, weights = better_weights(raw, ema)
+        networks[network] = {
+            "mAP_raw": raw,
+            "mAP_ema": ema,
+            "weights": weights,
+            **reports[weights + end],
+        }
+    # A tie goes to the first.
+    better = max(networks, key=lambda network: networks[network]["mAP"])
+    chosen = networks[better]
     per_class = chosen.pop("per_class")
     line = {
         "step": step,
         "epoch": epoch,
         "loss": progress.end_of_epoch_loss(),
-        "mAP_raw": raw,
-        "mAP_ema": ema,
-        "weights": weights,
         "skipped_steps": progress.skipped,
         **chosen,
     }
+    if run.is_pair:
+        each = {f"mAP_{name}": found["mAP"] for name, found in networks.items()}
+        line |= {"network": better, **each}
     return line, per_class
 
 

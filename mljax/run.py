@@ -13,7 +13,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mljax import config as configs
-from mljax import evaluate, label_graph_data, losses, models, sharding, step
+from mljax import (
+    evaluate,
+    finetune,
+    label_graph_data,
+    losses,
+    models,
+    mutual,
+    sharding,
+    step,
+)
 from mljax.data import DATASETS, augment, pipeline
 from mljax.data.source import Source
 from mljax.errors import UserError
@@ -25,8 +34,8 @@ class Run(NamedTuple):
     """A config's model, placed on devices.
 
     Attributes:
-        make_model: () -> the module with random weights of `config.seed`.
-        apply: see `models.functional`.
+        make_model: (seed = config.seed) -> the module with random weights.
+        apply: see `models.functional`; of one network.
         eval_step: (params, batch_stats, images uint8) -> float32 outputs
             `[batch, num_classes]`, jitted over the mesh.
     """
@@ -34,7 +43,7 @@ class Run(NamedTuple):
     config: ConfigDict
     class_names: list[str]
     mesh: Mesh
-    make_model: Callable[[], models.Classifier]
+    make_model: Callable[..., models.Classifier]
     apply: Callable[..., Any]
     eval_step: Callable[..., jax.Array]
 
@@ -51,6 +60,20 @@ class Run(NamedTuple):
         )
         rows = sharding.batch_sharding(self.mesh)
         return evaluate.run(self.eval_step, variants, batches, rows)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether two networks are trained; they are evaluated one by one."""
+        return self.config.mutual.weight > 0
+
+    def train_apply(self, frozen: bool) -> Callable[..., Any]:
+        """`apply` in training, of all networks; before or after the thaw."""
+        apply, optim = self.apply, self.config.optim
+        if frozen and optim.freeze_stats:
+            apply, _ = functional(
+                lambda: finetune.fix_batch_norm(self.make_model(), optim.freeze)
+            )
+        return mutual.pair(apply) if self.is_pair else apply
 
     def probabilities(self, outputs: Any) -> Any:
         return losses.probabilities(outputs, self.config.loss)
@@ -80,18 +103,18 @@ def make_run(
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     configs.validate_devices(config, mesh.size)
 
-    def make_model() -> models.Classifier:
+    def make_model(seed: int = config.seed) -> models.Classifier:
         return models.build_model(
             config.model,
             len(class_names),
             angular=losses.is_angular(config.loss.name),
             dtype=jnp.dtype(config.dtype),
-            rngs=nnx.Rngs(config.seed),
+            rngs=nnx.Rngs(seed),
             graph=graph,
         )
 
     apply, _ = functional(make_model)
-    eval_step = _eval_step(config, mesh, apply)
+    eval_step = _eval_step(mesh, apply)
     return Run(config, class_names, mesh, make_model, apply, eval_step)
 
 
@@ -106,28 +129,45 @@ def for_use(run: Run, variables: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     model = nnx.merge(graph, variables["params"], variables["batch_stats"])
     folded = models.folded(model)
     apply = as_function(folded)
-    run = run._replace(apply=apply, eval_step=_eval_step(run.config, run.mesh, apply))
+    run = run._replace(apply=apply, eval_step=_eval_step(run.mesh, apply))
     params, batch_stats = split(folded)
     return run, {"params": params, "batch_stats": batch_stats}
 
 
-def _eval_step(
-    config: ConfigDict, mesh: Mesh, apply: Callable[..., Any]
-) -> Callable[..., jax.Array]:
+def _eval_step(mesh: Mesh, apply: Callable[..., Any]) -> Callable[..., jax.Array]:
     return jax.jit(
-        step.make_eval_step(
-            apply,
-            augment.make_preprocess(config.data.flip),
-            mesh=sharding.gathered_on(mesh),
-        ),
+        step.make_eval_step(apply, augment.normalise, mesh=sharding.gathered_on(mesh)),
         out_shardings=sharding.batch_sharding(mesh),
     )
 
 
+def make_augment(config: ConfigDict) -> step.Augment:
+    """What `config.data` does to a training batch on the device."""
+    data = config.data
+    return augment.make_augment(
+        flip=data.flip,
+        mixup_alpha=data.mixup_alpha,
+        cutmix_alpha=data.cutmix_alpha,
+        mixup_prob=data.mixup_prob,
+        mixup_switch_prob=data.mixup_switch_prob,
+    )
+
+
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:
-    """The loss of `config.loss`, with the class weights of its file."""
+    """The loss of `config.loss`, with the class weights of its file; of a pair with
+    `config.mutual` what `mutual.make_loss` makes of it."""
+    loss = losses.make_loss(config.loss, _class_weights(config, class_names))
+    if not config.mutual.weight:
+        return loss
+    # A mean, also where the losses of an accumulated batch's parts are added up.
+    parts = config.optim.accumulate if config.loss.reduction == "sum" else 1
+    scale = config.loss.aam.scale if losses.is_angular(config.loss.name) else 1.0
+    return mutual.make_loss(loss, config.mutual.weight / parts, scale)
+
+
+def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:
     if not config.loss.class_weights:
-        return losses.make_loss(config.loss)
+        return None
     file = Path(config.loss.class_weights)
     try:
         weights = json.loads(file.read_text())
@@ -143,4 +183,4 @@ def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.A
     values = [weights[name] for name in class_names]
     if not all(isinstance(v, int | float) and 0 <= v < float("inf") for v in values):
         raise UserError(f"config.loss.class_weights = {file}: weights must be >= 0")
-    return losses.make_loss(config.loss, np.asarray(values, np.float32))
+    return np.asarray(values, np.float32)

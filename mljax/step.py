@@ -8,6 +8,7 @@ Both are plain functions of a state and a batch; the caller jits them:
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -16,14 +17,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mljax.finetune import hold, keep
 from mljax.optim import Optimizer
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
 # (params, batch_stats, images, train=..., rng=...) -> (outputs, new batch_stats)
-Apply = Callable[..., tuple[jax.Array, PyTree]]
-# (uint8 images, rng or None) -> float images; rng asks for random augmentation
-Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
+Apply = Callable[..., tuple[Any, PyTree]]
+# (uint8 images, labels, rng) -> (float images, labels), for training
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# uint8 images -> float images, for evaluation
+Preprocess = Callable[[jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -73,9 +77,9 @@ def create_state(
 
 def make_train_step(
     apply: Apply,
-    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    loss_fn: Callable[[Any, jax.Array], jax.Array],
     optimizer: Optimizer,
-    preprocess: Preprocess,
+    augment: Augment,
     *,
     reduction: str,
     seed: int,
@@ -85,6 +89,8 @@ def make_train_step(
     ema_decay: float = 0.0,
     accumulate: int = 1,
     clip_norm: float = 0.0,
+    frozen: PyTree | None = None,
+    is_pair: bool = False,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """One optimisation step: gradients, SAM, clipping, update, EMA.
@@ -96,8 +102,8 @@ def make_train_step(
         apply: the model, see `Apply`.
         loss_fn: (outputs [batch, num_classes], labels [batch, num_classes]) -> scalar.
         optimizer: from `make_optimizer`.
-        preprocess: see `Preprocess`; runs once a step, so both passes of SAM see the
-            same images.
+        augment: see `Augment`; runs once a step on the whole batch, so both passes of
+            SAM see the same images and labels.
         reduction: how `loss_fn` reduces over the batch, "sum" or "mean": tells how the
             parts of an accumulated batch are put together.
         seed: of dropout and augmentation.
@@ -109,13 +115,18 @@ def make_train_step(
             gradient is that of the whole batch, except that BatchNorm sees one part
             at a time.
         clip_norm: largest global norm of the gradient that is used; 0 = no clipping.
+        frozen: which parameters stay as they are, from `frozen_parameters`; SAM does
+            not perturb them. `apply` decides about their batch statistics.
+        is_pair: two networks are trained, see `mljax.mutual`; SAM and clipping take
+            the norm of each.
         mesh: where parameters are sharded; they are gathered for the computation.
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has `image` uint8
         [batch, height, width, 3] and `labels` [batch, num_classes]. The metrics are
-        scalars: loss (with SAM that of the second pass), learning_rate, grad_norm
-        (before clipping), finite (bool), skipped, skipped_in_row.
+        scalars: loss (with SAM that of the second pass; of a pair the sum of both),
+        learning_rate, grad_norm (before clipping), finite (bool), skipped,
+        skipped_in_row.
 
     Raises:
         ValueError: if reduction or sam_update_stats is unknown, or, in the step, if
@@ -132,14 +143,18 @@ def make_train_step(
             f'sam_update_stats = {sam_update_stats!r}: must be "both" or "first"'
         )
 
+    def each(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:
+        if not is_pair:
+            return f(*trees)
+        return {name: f(*(tree[name] for tree in trees)) for name in trees[0]}
+
     @jax.jit  # traced once for all parts and both passes; inlined where it is called
     def part_gradient(
         params: PyTree, batch_stats: PyTree, images: Any, labels: Any, rng: Any
     ) -> tuple[jax.Array, PyTree, PyTree]:
         def loss_of(params: PyTree) -> tuple[jax.Array, PyTree]:
-            outputs, stats = apply(
-                _gathered(params, mesh), batch_stats, images, train=True, rng=rng
-            )
+            whole = _gathered(hold(params, frozen), mesh)
+            outputs, stats = apply(whole, batch_stats, images, train=True, rng=rng)
             return loss_fn(outputs, labels), stats
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -174,13 +189,16 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         augment_key, first_key, second_key = jax.random.split(key, 3)
-        images, labels = preprocess(batch["image"], augment_key), batch["labels"]
+        images, labels = augment(batch["image"], batch["labels"], augment_key)
 
         loss, grads, stats = gradient(
             state.params, state.batch_stats, images, labels, first_key
         )
         if sam_rho:
-            nearby = _ascend(state.params, grads, sam_rho, sam_adaptive)
+            ascend = partial(_ascend, rho=sam_rho, adaptive=sam_adaptive)
+            nearby = each(ascend, state.params, grads)
+            # What XLA sees to be the same in both passes it computes once.
+            nearby = keep(state.params, nearby, frozen)
             loss, grads, second_stats = gradient(
                 nearby, stats, images, labels, second_key
             )
@@ -189,13 +207,11 @@ def make_train_step(
 
         grad_norm = optax.tree.norm(grads)
         if clip_norm:
-            # The 1e-6 is PyTorch's, so that equal settings give equal steps.
-            shrink = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))
-            grads = jax.tree.map(lambda g: g * shrink, grads)
+            grads = each(partial(_clip, limit=clip_norm), grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, state.step
         )
-        params = optax.apply_updates(state.params, updates)
+        params = keep(state.params, optax.apply_updates(state.params, updates), frozen)
         new = replace(state, params=params, batch_stats=stats, opt_state=opt_state)
         if ema_decay:
             new = replace(
@@ -234,7 +250,7 @@ def make_eval_step(
     """
 
     def eval_step(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        images = preprocess(images, None)
+        images = preprocess(images)
         outputs, _ = apply(_gathered(params, mesh), batch_stats, images, train=False)
         return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
@@ -257,6 +273,12 @@ def _ascend(params: PyTree, grads: PyTree, rho: float, adaptive: bool) -> PyTree
         return jax.tree.map(lambda w, g: w + step * w**2 * g, params, grads)
     step = rho / (optax.tree.norm(grads) + 1e-12)
     return jax.tree.map(lambda w, g: w + step * g, params, grads)
+
+
+def _clip(grads: PyTree, limit: float) -> PyTree:
+    # The 1e-6 is PyTorch's, so that equal settings give equal steps.
+    shrink = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
+    return jax.tree.map(lambda g: g * shrink, grads)
 
 
 def _average(old: PyTree, new: PyTree, decay: float) -> PyTree:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mljax import finetune
 from mljax.data.source import Sources
 from mljax.early_stopping import Decision
 from mljax.progress import Progress
@@ -60,15 +61,20 @@ class Terminal:
                     f"{name + ':':<9}{len(source)} images, {len(source.class_names)} "
                     f"classes, {per_image:.2f} labels an image"
                 )
+        twice = "2 x " if run.is_pair else ""
+        params = finetune.one_network(params)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
         device = jax.devices()[0]
         self.say(
-            f"model:   {model.backbone} + {model.head}, {count / 1e6:.2f} M "
+            f"model:   {twice}{model.backbone} + {model.head}, {count / 1e6:.2f} M "
             f"parameters, loss {self.config.loss.name}, "
             f"{run.mesh.size} x {device.device_kind}"
         )
         for note in notes:
             self.say(f"weights: {note}")
+        rates = finetune.report(params, self.config.optim)
+        if rates:
+            self.say(rates)
         steps = self.total_steps
         self.say(f"plan:    {steps} steps, the best epoch chosen on {chosen_on}")
         if start:
@@ -78,6 +84,10 @@ class Terminal:
         self.say(
             f"first step done {seconds:.1f} s after the start (compiling included)"
         )
+        self.restart_clock()
+
+    def thawed(self) -> None:
+        self.say("nothing is frozen from here on")
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -124,16 +134,20 @@ class Terminal:
 
     def evaluation(self, row: Mapping[str, Any], decision: Decision) -> None:
         ema = "" if row["mAP_ema"] is None else f", ema {100 * row['mAP_ema']:.2f}"
+        pair = ""
+        if "network" in row:
+            one, two = 100 * row["mAP_one"], 100 * row["mAP_two"]
+            pair = f"network one {one:.2f}, two {two:.2f}; "
         self.say(
             f"epoch {row['epoch']}: mAP {100 * row['mAP']:.2f} "
-            f"(raw {100 * row['mAP_raw']:.2f}{ema})  CF1 {100 * row['CF1']:.2f}  "
+            f"({pair}raw {100 * row['mAP_raw']:.2f}{ema})  CF1 {100 * row['CF1']:.2f}  "
             f"OF1 {100 * row['OF1']:.2f}{'  best so far' if decision.is_best else ''}"
         )
         if decision.stop:
             self.say("early stopping: no improvement worth more epochs")
         if self._writer:
-            keys = ("mAP", "mAP_raw", "mAP_ema", "CF1", "OF1")
-            values = {f"eval/{k}": row[k] for k in keys if row[k] is not None}
+            keys = ("mAP", "mAP_raw", "mAP_ema", "mAP_one", "mAP_two", "CF1", "OF1")
+            values = {f"eval/{k}": row[k] for k in keys if row.get(k) is not None}
             self._writer.write_scalars(row["step"], values)
             self._writer.flush()
 

@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 from mljax import (
     compile_cache,
     evaluate,
+    finetune,
     label_graph_data,
+    mutual,
     optim,
     results,
     sharding,
@@ -20,11 +22,10 @@ from mljax import (
     workdir,
 )
 from mljax.checkpoint import Checkpoints, find_best
-from mljax.data import DATASETS, augment, pipeline
+from mljax.data import DATASETS, pipeline
 from mljax.data.source import Sources
-from mljax.models import pretrained
 from mljax.progress import Progress
-from mljax.run import Run, check_names, make_loss, make_run
+from mljax.run import Run, check_names, make_augment, make_loss, make_run
 from mljax.terminal import Terminal
 
 
@@ -51,14 +52,15 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     loss_fn = make_loss(config, names)
     graph = label_graph_data.build(config, source)
     run = make_run(config, names, graph)
-    params, batch_stats, notes = pretrained.load(config.init_from, run.make_model)
+    params, batch_stats, notes = mutual.load(config, run.make_model)
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
+    thaw_step = config.optim.freeze_epochs * steps_per_epoch
+    optimizer = optim.make_optimizer(
+        config.optim, config.batch_size, total_steps, params, thaw_step
+    )
     folder = workdir.open_for_training(path, config)
 
-    optimizer = optim.make_optimizer(
-        config.optim, config.batch_size, total_steps, params
-    )
     ema_decay = config.ema.decay
     if config.ema.half_life:
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
@@ -93,12 +95,13 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     workdir.write_history(folder, history)
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
-    train_step = jax.jit(
-        step.make_train_step(
-            run.apply,
+
+    def compiled(frozen: Any) -> Any:
+        train_step = step.make_train_step(
+            run.train_apply(frozen is not None),
             loss_fn,
             optimizer,
-            augment.make_preprocess(config.data.flip),
+            make_augment(config),
             reduction=config.loss.reduction,
             seed=config.seed,
             sam_rho=config.sam.rho,
@@ -107,12 +110,24 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             ema_decay=ema_decay,
             accumulate=config.optim.accumulate,
             clip_norm=config.optim.clip_norm,
+            frozen=frozen,
+            is_pair=run.is_pair,
             mesh=sharding.gathered_on(run.mesh),
-        ),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )
+        )
+        return jax.jit(
+            train_step,
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        )
+
+    train_step = compiled(None)
+    frozen_until = 0
+    if config.optim.freeze:
+        # A program of its own, in which nothing is computed for what is frozen.
+        frozen = finetune.frozen_parameters(params, config.optim.freeze)
+        frozen_step = compiled(frozen)
+        frozen_until = thaw_step or total_steps
     batches = pipeline.train_batches(
         source,
         data_config=config.data,
@@ -142,7 +157,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         bad = batch["index"][~batch["ok"]]
         progress.unreadable.update(source.names[i] for i in bad)
         arrays = {name: batch[name] for name in ("image", "labels")}
-        state, metrics = train_step(state, sharding.global_batch(arrays, rows))
+        this_step = frozen_step if at <= frozen_until else train_step
+        state, metrics = this_step(state, sharding.global_batch(arrays, rows))
         # The numbers of a step are fetched once the next one is running.
         if previous is not None:
             absorb(*previous)
@@ -150,6 +166,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         if at == start + 1:
             jax.block_until_ready(metrics)
             terminal.first_step(time.perf_counter() - started)
+        elif at == thaw_step + 1:
+            jax.block_until_ready(metrics)
+            terminal.thawed()
 
         epoch, inside = divmod(at, steps_per_epoch)
         every = config.train.checkpoint_every
@@ -158,7 +177,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         absorb(*previous)
         previous = None
         if not inside and (epoch % config.train.eval_every == 0 or at == total_steps):
-            variants = results.variants(state)
+            variants = results.variants(state, run.is_pair)
             scores = run.scores(variants, judge)
             row, per_class = results.row(at, epoch, progress, scores, run)
             decision = progress.stopping.update(
@@ -167,9 +186,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
                 warmed_up=epoch > config.train.warmup_epochs,
             )
             if decision.is_best:
-                weights = row["weights"]
+                chosen = variants[results.variant(row)]
                 progress.best = {**row, "per_class": per_class}
-                best.save(at, variants[weights], {**about, "best": progress.best})
+                best.save(at, chosen, {**about, "best": progress.best})
                 best.wait()
             progress.stopping, progress.stopped = decision.state, decision.stop
             history.append(row)
@@ -217,7 +236,8 @@ def finish(
     terminal.say("")
     terminal.say(results.table(run.class_names, per_class, val, figures))
     terminal.say(
-        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights at epoch "
+        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights"
+        f"{' of network ' + best['network'] if run.is_pair else ''} at epoch "
         f"{best['epoch']}, chosen on {chosen_on}"
     )
     if run.config.published_mAP:

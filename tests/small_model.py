@@ -40,8 +40,8 @@ def bce(outputs, labels):
     )
 
 
-def identity(images, rng):
-    return images
+def identity(images, labels, rng):
+    return images, labels
 
 
 def nest(flat):

@@ -77,7 +77,7 @@ def check(backbone: str, head: str, loss: str, folder, monkeypatch) -> None:
         apply,
         losses.make_loss(config.loss),
         optimizer,
-        augment.make_preprocess(0.5),
+        augment.make_augment(flip=0.5),
         reduction=config.loss.reduction,
         seed=0,
         ema_decay=0.9,
@@ -97,7 +97,7 @@ def check(backbone: str, head: str, loss: str, folder, monkeypatch) -> None:
     saved.close()
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
     weights, _ = load_variables(folder / "1")
-    predict = jax.jit(step.make_eval_step(apply, augment.make_preprocess(0.0)))
+    predict = jax.jit(step.make_eval_step(apply, augment.normalise))
     images = batch()["image"]
     scores = predict(weights["params"], weights["batch_stats"], images)
     np.testing.assert_array_equal(

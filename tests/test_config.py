@@ -61,6 +61,11 @@ def test_bad_override(key, text, message):
         ("data.flip", "1.5", "must be between 0 and 1"),
         ("optim.name", "sdg", "must be one of sgd, adamw, lamb"),
         ("data.on_error", "ignore", "must be one of stop, skip"),
+        ("data.mixup_alpha", "-1", "must be 0 or more"),
+        ("data.mixup_prob", "0", "must be above 0 and at most 1"),
+        ("optim.layer_decay", "1.1", "must be above 0 and at most 1"),
+        ("optim.backbone_lr_factor", "0", "must be above 0"),
+        ("optim.freeze_epochs", "60", r"must be below config\.epochs = 60"),
     ],
 )
 def test_bad_value(key, text, message):
@@ -101,6 +106,35 @@ def test_settings_that_a_head_ignores_are_refused(head, key, text):
     configs.validate(config)
     configs.override(config, f"model.{key}", text)
     with pytest.raises(UserError, match=rf"model\.{key} = .* does nothing with"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "needed"),
+    [
+        ("data.mixup_prob", "0.5", ["data.mixup_alpha"]),
+        ("data.mixup_switch_prob", "0", ["data.mixup_alpha", "data.cutmix_alpha"]),
+        ("optim.freeze_epochs", "2", ["optim.freeze"]),
+        ("optim.freeze_stats", "false", ["optim.freeze"]),
+    ],
+)
+def test_settings_that_do_nothing_alone_are_refused(key, text, needed):
+    config = configs.common()
+    config.data.root = "somewhere"
+    configs.override(config, key, text)
+    message = rf"{key} = .*: does nothing without .*{needed[0]}"
+    with pytest.raises(UserError, match=message):
+        configs.validate(config)
+    for other in needed:
+        configs.override(config, other, "1")
+    configs.validate(config)
+
+
+def test_one_image_cannot_be_mixed():
+    config = configs.common()
+    config.data.root = "somewhere"
+    config.batch_size, config.data.cutmix_alpha = 1, 1.0
+    with pytest.raises(UserError, match=r"cutmix_alpha .*batch_size above 1"):
         configs.validate(config)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import shared
 from flax import nnx
+from small_model import identity
 from test_label_graph import some_graph
 
 from mljax import losses
@@ -108,7 +109,7 @@ def test_training_trajectory_golden(layer):
         functional(make)[0],
         loss,
         optimizer,
-        lambda images, rng: images,
+        identity,
         reduction="sum",
         seed=0,
         sam_rho=0.05,

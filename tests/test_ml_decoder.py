@@ -9,6 +9,7 @@ import pytest
 from conftest import shared
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from small_model import identity
 
 from configs.common import get_config
 from mljax import config as configs
@@ -145,10 +146,6 @@ def small_classifier(dtype=jnp.float32, **options) -> Classifier:
     return Classifier(SmallBackbone(dtype, rngs), head)
 
 
-def no_preprocessing(images, rng):
-    return images
-
-
 def test_golden_trajectory():
     """The whole method: head, AAM, SAM, parameter groups, one-cycle, EMA."""
     golden = np.load(shared("golden/optim.npz"))
@@ -170,7 +167,7 @@ def test_golden_trajectory():
             apply,
             losses.make_loss(config.loss),
             optimizer,
-            no_preprocessing,
+            identity,
             reduction="sum",
             seed=0,
             sam_rho=0.05,
@@ -221,7 +218,7 @@ def test_queries_stay_as_they_were_drawn(monkeypatch):
         apply,
         lambda outputs, labels: jnp.sum((outputs - labels) ** 2),
         optimizer,
-        no_preprocessing,
+        identity,
         reduction="sum",
         seed=0,
         sam_rho=0.05,

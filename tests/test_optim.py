@@ -145,6 +145,41 @@ def test_learning_rate_can_be_given_for_a_reference_batch():
     assert optim.make_optimizer(config, 16, 10, params).learning_rate(0) == 0.1
 
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_the_backbone_moves_by_its_factor(name):
+    layers = {str(i): {"weight": jnp.full((2, 2), 2.0)} for i in range(2)}
+    params = {
+        "backbone": {"conv1": {"bias": jnp.full(2, 2.0)}, "blocks": layers},
+        "head": {"weight": jnp.full((2, 2), 2.0)},
+    }
+    config = settings(name=name, lr=0.1, weight_decay=0.5)
+    plain = run(config, params, params)
+    config.update(backbone_lr_factor=0.5, layer_decay=0.2)
+    scaled = run(config, params, params)
+    moved = jax.tree.map(lambda a, b, p: (a - p) / (b - p), scaled, plain, params)
+    for value, factor in (
+        (moved["head"]["weight"], 1.0),
+        (moved["backbone"]["blocks"]["1"]["weight"], 0.5 * 0.2),
+        (moved["backbone"]["blocks"]["0"]["weight"], 0.5 * 0.2**2),
+        (moved["backbone"]["conv1"]["bias"], 0.5 * 0.2**3),
+    ):
+        np.testing.assert_allclose(value, factor, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_what_is_frozen_has_no_update_and_no_state(name):
+    params = {"a": {"w": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "b": jnp.ones((2, 2))}
+    config = settings(name=name, weight_decay=0.5, freeze="a")
+    optimizer = optim.make_optimizer(config, 8, 10, params)
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state, params, jnp.int32(0))
+    jax.tree.map(lambda u: np.testing.assert_array_equal(u, 0), updates["a"])
+    assert np.all(np.asarray(updates["b"]) != 0)
+    alone = optim.make_optimizer(settings(name=name), 8, 10, {"b": params["b"]})
+    shapes = [x.shape for x in jax.tree.leaves(state)]
+    assert shapes == [x.shape for x in jax.tree.leaves(alone.init({"b": params["b"]}))]
+
+
 def test_momentum_is_constant_unless_cycled():
     params = {"w": jnp.zeros((1, 1))}
     grads = {"w": jnp.ones((1, 1))}

@@ -1,4 +1,10 @@
-"""What happens to a batch on the device, inside the step."""
+"""What happens to a batch on the device, inside the step.
+
+Random numbers come from the key that a function is given, never from the layout of
+the devices: one device and eight give the same batch.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +21,122 @@ def random_flip(images: jax.Array, rng: jax.Array, probability: float) -> jax.Ar
     return jnp.where(chosen, images[:, :, ::-1], images)
 
 
-def make_preprocess(flip: float):
-    """`preprocess(images, rng)`: augment (unless `rng` is None) and normalise."""
+def make_augment(
+    *,
+    flip: float = 0.0,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    mixup_prob: float = 1.0,
+    mixup_switch_prob: float = 0.5,
+) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The augmentation of training batches: flip, mixup or cutmix, normalise.
 
-    def preprocess(images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        if rng is not None and flip > 0:
+    Args:
+        flip: probability of a horizontal flip, drawn for each image.
+        mixup_alpha: mixup with lam ~ Beta(mixup_alpha, mixup_alpha); 0 = none.
+        cutmix_alpha: the same for cutmix.
+        mixup_prob: probability that a batch is mixed.
+        mixup_switch_prob: where both are on, the probability of cutmix.
+
+    Returns:
+        augment(images, labels, rng) -> (images, labels) of a batch: images uint8
+        [batch, height, width, 3] -> float32 in [-1, 1]; labels [batch, num_classes]
+        as they are, or float32 where batches are mixed.
+
+    One lam is drawn a batch, and each image is mixed with the one before it in the
+    whole batch (the first with the last): as good as a permutation, since batches are
+    drawn in random order. Over several devices this moves one uint8 image to a
+    neighbour, where a permutation or the reversed batch would move all of them.
+    """
+
+    def augment(
+        images: jax.Array, labels: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        if flip > 0:
             images = random_flip(images, rng, flip)
-        return normalise(images)
+        if not (mixup_alpha or cutmix_alpha):
+            return normalise(images), labels
+        share, lam = _draw_mix(
+            jax.random.fold_in(rng, 1),
+            images.shape[1],
+            images.shape[2],
+            mixup_alpha,
+            cutmix_alpha,
+            mixup_prob,
+            mixup_switch_prob,
+        )
+        others = normalise(jnp.roll(images, 1, axis=0))
+        images = share * normalise(images) + (1 - share) * others
+        return images, mix_labels(labels, jnp.roll(labels, 1, axis=0), lam)
 
-    return preprocess
+    return augment
+
+
+def mix_labels(labels: jax.Array, others: jax.Array, lam: jax.Array) -> jax.Array:
+    """Targets of mixed images: clip(lam labels + (1 - lam) others, 0, 1), float32.
+
+    An entry that is not annotated (-1) in one of the two images is -1: what the mix
+    shows there is unknown. Only what an image of share 0 says does not count.
+
+    Args:
+        labels, others: [batch, num_classes]; 1, 0, -1 or soft in [0, 1].
+        lam: share of `labels`, a scalar in [0, 1].
+    """
+    labels, others = labels.astype(jnp.float32), others.astype(jnp.float32)
+    unknown = ((labels < 0) & (lam > 0)) | ((others < 0) & (lam < 1))
+    mixed = jnp.clip(lam * labels + (1 - lam) * others, 0, 1)
+    return jnp.where(unknown, -1, mixed)
+
+
+def random_box(
+    rng: jax.Array, height: int, width: int, lam: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cutmix's box: its sides are sqrt(1 - lam) of the image's, its centre is anywhere.
+
+    What lies outside the image is cut off, so that lam is corrected.
+
+    Args:
+        height, width: of the image, in pixels.
+        lam: share of the image that is to stay, a scalar in [0, 1].
+
+    Returns:
+        (float32 [1, height, width, 1], 0 inside the box and 1 outside; the share of
+        the image that is outside).
+    """
+    inside: list[jax.Array] = []
+    for side, key in zip((height, width), jax.random.split(rng), strict=True):
+        length = (side * jnp.sqrt(1 - lam)).astype(jnp.int32)
+        first = jax.random.randint(key, (), 0, side) - length // 2
+        pixels = jnp.arange(side)
+        inside.append((pixels >= first) & (pixels < first + length))
+    box = inside[0][:, None] & inside[1][None, :]
+    outside = 1 - box.astype(jnp.float32)
+    area = jnp.sum(box, dtype=jnp.float32) / (height * width)
+    return outside[None, :, :, None], 1 - area
+
+
+def _draw_mix(
+    rng: jax.Array,
+    height: int,
+    width: int,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    prob: float,
+    switch_prob: float,
+) -> tuple[jax.Array, jax.Array]:
+    """(share of an image in each pixel of its mix, broadcastable; lam, its mean).
+
+    References:
+        Zhang et al., "mixup" (2018), arXiv 1710.09412. Yun et al., "CutMix" (2019),
+        arXiv 1905.04899, algorithm A1. Batches are mixed as in timm's "batch" mode.
+    """
+    mixed_key, switch_key, lam_key, box_key = jax.random.split(rng, 4)
+    if not (mixup_alpha and cutmix_alpha):
+        switch_prob = 1.0 if cutmix_alpha else 0.0
+    cut = jax.random.bernoulli(switch_key, switch_prob)
+    alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
+    lam = jax.random.beta(lam_key, alpha, alpha, dtype=jnp.float32)
+    # A share of 1 everywhere leaves the batch as it is, to the bit.
+    lam = jnp.where(jax.random.bernoulli(mixed_key, prob), lam, 1.0)
+    outside, corrected = random_box(box_key, height, width, lam)
+    return jnp.where(cut, outside, lam), jnp.where(cut, corrected, lam)

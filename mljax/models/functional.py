@@ -10,6 +10,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+# The keys of every tree of two networks that are trained at once (`mljax.mutual`).
+NETWORKS = ("one", "two")
+
 Tree = dict[str, Any]
 Apply = Callable[..., tuple[jax.Array, Tree]]
 

@@ -315,7 +315,8 @@ class BatchNorm(nnx.Module):
     In training the biased variance of the batch normalises and the unbiased one moves
     `running_var` (Flax's own layer keeps the biased one there). `momentum` is torch's:
     the weight of the new batch, so 0.1 is 0.9 in Flax. Statistics are computed in
-    float32 at least. Under a jit over a mesh the batch is the whole batch.
+    float32 at least. Under a jit over a mesh the batch is the whole batch. Once `fixed`
+    it uses its running statistics in training too, and they do not move.
     """
 
     def __init__(
@@ -331,10 +332,11 @@ class BatchNorm(nnx.Module):
         self.running_mean = nnx.BatchStat(constant(0, features, dtype))
         self.running_var = nnx.BatchStat(constant(1, features, dtype))
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
+        self.fixed = False
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         weight, bias = self.weight[...], self.bias[...]
-        if train:
+        if train and not self.fixed:
             y, mean, var = _normalise_batch(x, weight, bias, self.eps)
             self._move_statistics(mean, var, x.size // x.shape[-1])
         else:
