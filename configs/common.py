@@ -17,7 +17,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # directory written by this project.
     config.init_from = ""
     config.dtype = "float32"  # of activations: float32 | bfloat16; weights are float32
-    config.published_mAP = 0.0  # what the recipe should reach; 0 = no figure is known
+    # What a published recipe should reach, in percent; -1 = no figure is known; 0 = not
+    # a published recipe.
+    config.published_mAP = 0.0
 
     config.data = data = ConfigDict()
     data.name = "annotations"  # annotations | shapes | tfds

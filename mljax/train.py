@@ -212,8 +212,9 @@ def finish(
         f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights at epoch "
         f"{best['epoch']}, chosen on {chosen_on}"
     )
-    if run.config.published_mAP:
-        terminal.say(f"published for this recipe: mAP {run.config.published_mAP:.2f}")
+    if figure := run.config.published_mAP:
+        known = f"mAP {figure:.2f}" if figure > 0 else "no figure is known"
+        terminal.say(f"published for this recipe: {known}")
     file = results.picture(run, folder, val, variables)
     terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")
     return summary
