@@ -119,6 +119,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = "sgd"  # sgd | adamw | lamb
     optim.lr = 0.005  # peak learning rate
+    # Directory (or learning_rate.json) of `python -m mljax.find_lr`: lr becomes the one
+    # that was found there.
+    optim.lr_from = ""
     # 0: lr is used as given. N: lr is meant for batches of N images and is scaled by
     # batch_size / N.
     optim.lr_reference_batch = 0

@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from mljax import (
     compile_cache,
     evaluate,
+    find_lr,
     label_graph_data,
     optim,
     results,
@@ -20,29 +22,47 @@ from mljax import (
 )
 from mljax.checkpoint import Checkpoints, find_best
 from mljax.data import DATASETS, augment, pipeline
-from mljax.data.source import Sources
+from mljax.data.source import Source, Sources
 from mljax.models import pretrained
 from mljax.progress import Progress
 from mljax.run import Run, check_names, make_loss, make_run
 from mljax.terminal import Terminal
 
 
-def train(config: ConfigDict, path: str) -> dict[str, Any]:
-    """Trains, or goes on where the same command stopped.
+class Setup(NamedTuple):
+    """What a config comes to before the first step.
 
-    Args:
-        config: validated.
-        path: the work directory: new, empty, or of a run of the same config.
+    Attributes:
+        judge: the images on which the best epoch is chosen; chosen_on: their name.
+        notes: what was not taken over from `config.init_from`.
+        shardings: where the arrays of the state belong.
+        train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
+    """
 
-    Returns:
-        What metrics.json holds.
+    sources: Sources
+    judge: Source
+    chosen_on: str
+    run: Run
+    graph: label_graph_data.LabelGraph | None
+    notes: list[str]
+    steps_per_epoch: int
+    total_steps: int
+    shardings: Any
+    train_step: Callable[..., Any]
+
+
+def setup(
+    config: ConfigDict,
+    change: Callable[[optim.Optimizer], optim.Optimizer] = lambda same: same,
+) -> tuple[Setup, step.TrainState]:
+    """All that training needs, and the state of step 0, which is not placed yet.
+
+    `change` is applied to the optimiser.
 
     Raises:
-        UserError: the data, the weights, the devices or the work directory do not fit.
+        UserError: the data, the weights or the devices do not fit.
     """
-    started = time.perf_counter()
     compile_cache.enable()
-    # All that can be wrong is found before the work directory is touched.
     check_names(config)
     sources = DATASETS[config.data.name](config.data, config.seed)
     source, names = sources.train, sources.train.class_names
@@ -53,36 +73,15 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     params, batch_stats, notes = pretrained.load(config.init_from, run.make_model)
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
-    folder = workdir.open_for_training(path, config)
 
-    optimizer = optim.make_optimizer(
-        config.optim, config.batch_size, total_steps, params
+    optimizer = change(
+        optim.make_optimizer(config.optim, config.batch_size, total_steps, params)
     )
     ema_decay = config.ema.decay
     if config.ema.half_life:
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
     state = step.create_state(params, batch_stats, optimizer, use_ema=ema_decay > 0)
     shardings = sharding.state_sharding(state, run.mesh)
-    about = {
-        "config": config.to_dict(),
-        "class_names": names,
-        "num_train": len(source.names),
-    }
-    last = Checkpoints(folder / "checkpoints")
-    best = Checkpoints(folder / "best")
-    start = last.latest() or 0
-    progress = Progress()
-    if start:
-        saved = last.about(start)
-        workdir.check_same_data(path, saved, about)
-        progress = Progress.from_dict(saved["progress"])
-        state = last.load(start, sharding.abstract(state, shardings))
-    else:
-        state = sharding.place(state, shardings)
-    # What came after the last whole checkpoint is computed again, to the same bits.
-    best.drop_after(start)
-    history = workdir.read_history(folder, last_step=start)
-    workdir.write_history(folder, history)
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
     train_step = jax.jit(
@@ -105,6 +104,63 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
+    made = Setup(
+        sources=sources,
+        judge=judge,
+        chosen_on=chosen_on,
+        run=run,
+        graph=graph,
+        notes=notes,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        shardings=shardings,
+        train_step=train_step,
+    )
+    return made, state
+
+
+def train(config: ConfigDict, path: str) -> dict[str, Any]:
+    """Trains, or goes on where the same command stopped.
+
+    Args:
+        config: validated.
+        path: the work directory: new, empty, or of a run of the same config.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: the data, the weights, the devices or the work directory do not fit.
+    """
+    started = time.perf_counter()
+    config, found = find_lr.resolve(config)
+    # All that can be wrong is found before the work directory is touched.
+    made, state = setup(config)
+    sources, run, graph = made.sources, made.run, made.graph
+    steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
+    source, names = sources.train, sources.train.class_names
+    folder = workdir.open_for_training(path, config)
+    about = {
+        "config": config.to_dict(),
+        "class_names": names,
+        "num_train": len(source.names),
+    }
+    last = Checkpoints(folder / "checkpoints")
+    best = Checkpoints(folder / "best")
+    start = last.latest() or 0
+    progress = Progress()
+    if start:
+        saved = last.about(start)
+        workdir.check_same_data(path, saved, about)
+        progress = Progress.from_dict(saved["progress"])
+        state = last.load(start, sharding.abstract(state, made.shardings))
+    else:
+        state = sharding.place(state, made.shardings)
+    # What came after the last whole checkpoint is computed again, to the same bits.
+    best.drop_after(start)
+    history = workdir.read_history(folder, last_step=start)
+    workdir.write_history(folder, history)
+    rows = sharding.batch_sharding(run.mesh)
     batches = pipeline.train_batches(
         source,
         data_config=config.data,
@@ -115,7 +171,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         process_count=jax.process_count(),
     )
     terminal = Terminal(config, folder, steps_per_epoch, total_steps)
-    terminal.opening(run, sources, chosen_on, state.params, notes, start)
+    terminal.opening(run, sources, made.chosen_on, state.params, made.notes, start)
+    if found:
+        terminal.say(found)
     if graph is not None:
         terminal.say("\n".join(label_graph_data.report(graph)))
         if jax.process_index() == 0:
@@ -134,7 +192,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         bad = batch["index"][~batch["ok"]]
         progress.unreadable.update(source.names[i] for i in bad)
         arrays = {name: batch[name] for name in ("image", "labels")}
-        state, metrics = train_step(state, sharding.global_batch(arrays, rows))
+        state, metrics = made.train_step(state, sharding.global_batch(arrays, rows))
         # The numbers of a step are fetched once the next one is running.
         if previous is not None:
             absorb(*previous)
@@ -151,7 +209,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         previous = None
         if not inside and (epoch % config.train.eval_every == 0 or at == total_steps):
             variants = results.variants(state)
-            scores = run.scores(variants, judge)
+            scores = run.scores(variants, made.judge)
             row, per_class = results.row(at, epoch, progress, scores, run)
             decision = progress.stopping.update(
                 row["mAP"],
@@ -166,14 +224,14 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             progress.stopping, progress.stopped = decision.state, decision.stop
             history.append(row)
             workdir.write_history(folder, history)
-            results.write_summary(folder, progress, history, names, chosen_on)
+            results.write_summary(folder, progress, history, names, made.chosen_on)
             terminal.evaluation(row, decision)
         last.save(at, state, {**about, "progress": progress.to_dict()})
         workdir.write_unreadable(folder, progress.unreadable)
         terminal.restart_clock()
     last.close()
     best.close()
-    summary = finish(run, folder, sources, progress, history, chosen_on, terminal)
+    summary = finish(run, folder, sources, progress, history, made.chosen_on, terminal)
     terminal.close()
     return summary
 
