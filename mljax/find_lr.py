@@ -9,8 +9,8 @@ that of the second pass); momentum is constant and there is no EMA.
 that is worse than the median of those before it is cut off. Needs the extra `search`.
 
 DIR then holds learning_rate.json, which the run takes with
-`--config.optim.lr_from=DIR`. If a search is stopped, the same command goes on: trials with
-the one that was cut short, a range test from its start.
+`--config.optim.lr_from=DIR`. If a search is stopped, the same command goes on: trials
+with the one that was cut short, a range test from its start.
 """
 
 import argparse
