@@ -17,7 +17,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # directory or one that mljax.import_weights wrote, or hf://timm/NAME (downloads).
     config.init_from = ""
     config.dtype = "float32"  # of activations: float32 | bfloat16; weights are float32
-    config.published_mAP = 0.0  # what the recipe should reach; 0 = no figure is known
+    # What a published recipe should reach, in percent; -1 = no figure is known; 0 = not
+    # a published recipe.
+    config.published_mAP = 0.0
 
     config.data = data = ConfigDict()
     data.name = "annotations"  # annotations | shapes | tfds
@@ -123,6 +125,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim = optim = ConfigDict()
     optim.name = "sgd"  # sgd | adamw | lamb
     optim.lr = 0.005  # peak learning rate
+    # Directory (or learning_rate.json) of `python -m mljax.find_lr`: lr becomes the one
+    # that was found there.
+    optim.lr_from = ""
     # 0: lr is used as given. N: lr is meant for batches of N images and is scaled by
     # batch_size / N.
     optim.lr_reference_batch = 0

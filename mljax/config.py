@@ -256,6 +256,7 @@ _RULES: dict[str, _Rule] = {
     "epochs": _POSITIVE,
     "batch_size": _POSITIVE,
     "dtype": _one_of("float32", "bfloat16"),
+    "published_mAP": (lambda v: v == -1 or 0 <= v <= 100, "0 to 100 (percent), or -1"),
     "data.num_train": _AT_LEAST_0,
     "data.num_val": _AT_LEAST_0,
     "data.image_size": (lambda v: v >= 16, "at least 16 (pixels)"),

@@ -7,7 +7,9 @@ Heavy imports wait until the flags and the config are known to be right, so that
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
 
 from mljax import config as configs
 from mljax import memory
@@ -15,19 +17,33 @@ from mljax.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Flags; what begins with `--config.` becomes `overrides`, a list of pairs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mljax.main",
-        allow_abbrev=False,
-        description="Train or evaluate a multi-label image classifier.",
-        epilog="--config.KEY=VALUE overrides one key, for example "
-        "--config.optim.lr=0.01; configs/common.py lists them all.",
+    parser = make_parser(
+        "python -m mljax.main", "Train or evaluate a multi-label image classifier."
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="checkpoints, logs and results"
     )
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    return parse_with(parser, argv)
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags by which every program finds its config."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description=description,
+        epilog="--config.KEY=VALUE overrides one key, for example "
+        "--config.optim.lr=0.01; configs/common.py lists them all.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    return parser
+
+
+def parse_with(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> argparse.Namespace:
+    """Flags; what begins with `--config.` becomes `overrides`, a list of pairs."""
     args, rest = parser.parse_known_args(argv)
     args.overrides = []
     while rest:
@@ -42,7 +58,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def read_config(args: argparse.Namespace) -> ConfigDict:
+    """The config that the flags ask for, checked; and no word from TensorFlow."""
     # FILE may hold a colon of its own (a drive letter); ARG may not.
     path, colon, arg = args.config.rpartition(":")
     if not colon or os.path.isfile(args.config):
@@ -59,6 +76,16 @@ def run(args: argparse.Namespace) -> None:
 
     # Orbax tells of one failed write in six tracebacks, and then raises it as well.
     logging.set_verbosity(logging.FATAL)
+    return config
+
+
+def run(args: argparse.Namespace) -> None:
+    config = read_config(args)
+    if config.optim.lr_from and "optim.lr" in dict(args.overrides):
+        raise UserError(
+            "--config.optim.lr and config.optim.lr_from both give the learning rate: "
+            "leave one out (--config.optim.lr_from= takes back that of a config file)"
+        )
     from mljax import train
 
     if args.mode == "train":
@@ -68,10 +95,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: run(args))
+
+
+def exit_code(job: Callable[[], None]) -> int:
+    """Of a program whose flags are right: 0, 1 for an error, 130 when interrupted."""
     try:
-        run(args)
+        job()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from mljax import (
     compile_cache,
     evaluate,
+    find_lr,
     finetune,
     label_graph_data,
     mutual,
@@ -23,28 +25,49 @@ from mljax import (
 )
 from mljax.checkpoint import Checkpoints, find_best
 from mljax.data import DATASETS, pipeline
-from mljax.data.source import Sources
+from mljax.data.source import Source, Sources
 from mljax.progress import Progress
 from mljax.run import Run, check_names, make_augment, make_loss, make_run
 from mljax.terminal import Terminal
 
 
-def train(config: ConfigDict, path: str) -> dict[str, Any]:
-    """Trains, or goes on where the same command stopped.
+class Setup(NamedTuple):
+    """What a config comes to before the first step.
 
-    Args:
-        config: validated.
-        path: the work directory: new, empty, or of a run of the same config.
+    Attributes:
+        judge: the images on which the best epoch is chosen; chosen_on: their name.
+        notes: what was not taken over from `config.init_from`.
+        thaw_step: the last step in which `optim.freeze` acts; 0 = it acts in all.
+        state: shape, type and place of every array of the state.
+        initial: gives the state of step 0, on the devices.
+        step_at: number of a step, from 1 on -> (state, batch) -> (state, metrics),
+            jitted; the state is donated.
+    """
 
-    Returns:
-        What metrics.json holds.
+    sources: Sources
+    judge: Source
+    chosen_on: str
+    run: Run
+    graph: label_graph_data.LabelGraph | None
+    notes: list[str]
+    steps_per_epoch: int
+    total_steps: int
+    thaw_step: int
+    state: step.TrainState
+    initial: Callable[[], step.TrainState]
+    step_at: Callable[[int], Callable[..., Any]]
+
+
+def setup(
+    config: ConfigDict,
+    change: Callable[[optim.Optimizer], optim.Optimizer] = lambda same: same,
+) -> Setup:
+    """All that training needs; `change` is applied to the optimiser.
 
     Raises:
-        UserError: the data, the weights, the devices or the work directory do not fit.
+        UserError: the data, the weights or the devices do not fit.
     """
-    started = time.perf_counter()
     compile_cache.enable()
-    # All that can be wrong is found before the work directory is touched.
     check_names(config)
     sources = DATASETS[config.data.name](config.data, config.seed)
     source, names = sources.train, sources.train.class_names
@@ -56,11 +79,11 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     thaw_step = config.optim.freeze_epochs * steps_per_epoch
-    optimizer = optim.make_optimizer(
-        config.optim, config.batch_size, total_steps, params, thaw_step
+    optimizer = change(
+        optim.make_optimizer(
+            config.optim, config.batch_size, total_steps, params, thaw_step
+        )
     )
-    folder = workdir.open_for_training(path, config)
-
     ema_decay = config.ema.decay
     if config.ema.half_life:
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
@@ -68,31 +91,13 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     def create(params: Any, batch_stats: Any) -> step.TrainState:
         return step.create_state(params, batch_stats, optimizer, use_ema=ema_decay > 0)
 
-    abstract = jax.eval_shape(create, params, batch_stats)
-    shardings = sharding.state_sharding(abstract, run.mesh)
-    about = {
-        "config": config.to_dict(),
-        "class_names": names,
-        "num_train": len(source.names),
-    }
-    last = Checkpoints(folder / "checkpoints")
-    best = Checkpoints(folder / "best")
-    start = last.latest() or 0
-    progress = Progress()
-    if start:
-        saved = last.about(start)
-        workdir.check_same_data(path, saved, about)
-        progress = Progress.from_dict(saved["progress"])
-        state = last.load(start, sharding.abstract(abstract, shardings))
-    else:
-        # One program for the whole state. As host arrays, equal on every process, the
-        # weights go to wherever they belong.
-        weights = jax.tree.map(np.asarray, (params, batch_stats))
-        state = jax.jit(create, out_shardings=shardings)(*weights)
-    # What came after the last whole checkpoint is computed again, to the same bits.
-    best.drop_after(start)
-    history = workdir.read_history(folder, last_step=start)
-    workdir.write_history(folder, history)
+    shapes = jax.eval_shape(create, params, batch_stats)
+    shardings = sharding.state_sharding(shapes, run.mesh)
+    # As host arrays, equal on every process, the weights go to wherever they belong.
+    weights = jax.tree.map(np.asarray, (params, batch_stats))
+
+    def initial() -> step.TrainState:
+        return jax.jit(create, out_shardings=shardings)(*weights)
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
 
@@ -121,13 +126,75 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             donate_argnums=0,
         )
 
-    train_step = compiled(None)
+    train_step = frozen_step = compiled(None)
     frozen_until = 0
     if config.optim.freeze:
         # A program of its own, in which nothing is computed for what is frozen.
         frozen = finetune.frozen_parameters(params, config.optim.freeze)
         frozen_step = compiled(frozen)
         frozen_until = thaw_step or total_steps
+
+    def step_at(at: int) -> Callable[..., Any]:
+        return frozen_step if at <= frozen_until else train_step
+
+    return Setup(
+        sources=sources,
+        judge=judge,
+        chosen_on=chosen_on,
+        run=run,
+        graph=graph,
+        notes=notes,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        thaw_step=thaw_step,
+        state=sharding.abstract(shapes, shardings),
+        initial=initial,
+        step_at=step_at,
+    )
+
+
+def train(config: ConfigDict, path: str) -> dict[str, Any]:
+    """Trains, or goes on where the same command stopped.
+
+    Args:
+        config: validated.
+        path: the work directory: new, empty, or of a run of the same config.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: the data, the weights, the devices or the work directory do not fit.
+    """
+    started = time.perf_counter()
+    config, found = find_lr.resolve(config)
+    # All that can be wrong is found before the work directory is touched.
+    made = setup(config)
+    sources, run, graph = made.sources, made.run, made.graph
+    steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
+    source, names = sources.train, sources.train.class_names
+    folder = workdir.open_for_training(path, config)
+    about = {
+        "config": config.to_dict(),
+        "class_names": names,
+        "num_train": len(source.names),
+    }
+    last = Checkpoints(folder / "checkpoints")
+    best = Checkpoints(folder / "best")
+    start = last.latest() or 0
+    progress = Progress()
+    if start:
+        saved = last.about(start)
+        workdir.check_same_data(path, saved, about)
+        progress = Progress.from_dict(saved["progress"])
+        state = last.load(start, made.state)
+    else:
+        state = made.initial()
+    # What came after the last whole checkpoint is computed again, to the same bits.
+    best.drop_after(start)
+    history = workdir.read_history(folder, last_step=start)
+    workdir.write_history(folder, history)
+    rows = sharding.batch_sharding(run.mesh)
     batches = pipeline.train_batches(
         source,
         data_config=config.data,
@@ -138,7 +205,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         process_count=jax.process_count(),
     )
     terminal = Terminal(config, folder, steps_per_epoch, total_steps)
-    terminal.opening(run, sources, chosen_on, state.params, notes, start)
+    terminal.opening(run, sources, made.chosen_on, state.params, made.notes, start)
+    if found:
+        terminal.say(found)
     if graph is not None:
         terminal.say("\n".join(label_graph_data.report(graph)))
         if jax.process_index() == 0:
@@ -157,8 +226,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         bad = batch["index"][~batch["ok"]]
         progress.unreadable.update(source.names[i] for i in bad)
         arrays = {name: batch[name] for name in ("image", "labels")}
-        this_step = frozen_step if at <= frozen_until else train_step
-        state, metrics = this_step(state, sharding.global_batch(arrays, rows))
+        state, metrics = made.step_at(at)(state, sharding.global_batch(arrays, rows))
         # The numbers of a step are fetched once the next one is running.
         if previous is not None:
             absorb(*previous)
@@ -166,7 +234,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         if at == start + 1:
             jax.block_until_ready(metrics)
             terminal.first_step(time.perf_counter() - started)
-        elif at == thaw_step + 1:
+        elif at == made.thaw_step + 1:
             jax.block_until_ready(metrics)
             terminal.thawed()
 
@@ -178,7 +246,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         previous = None
         if not inside and (epoch % config.train.eval_every == 0 or at == total_steps):
             variants = results.variants(state, run.is_pair)
-            scores = run.scores(variants, judge)
+            scores = run.scores(variants, made.judge)
             row, per_class = results.row(at, epoch, progress, scores, run)
             decision = progress.stopping.update(
                 row["mAP"],
@@ -193,14 +261,14 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             progress.stopping, progress.stopped = decision.state, decision.stop
             history.append(row)
             workdir.write_history(folder, history)
-            results.write_summary(folder, progress, history, names, chosen_on)
+            results.write_summary(folder, progress, history, names, made.chosen_on)
             terminal.evaluation(row, decision)
         last.save(at, state, {**about, "progress": progress.to_dict()})
         workdir.write_unreadable(folder, progress.unreadable)
         terminal.restart_clock()
     last.close()
     best.close()
-    summary = finish(run, folder, sources, progress, history, chosen_on, terminal)
+    summary = finish(run, folder, sources, progress, history, made.chosen_on, terminal)
     terminal.close()
     return summary
 
@@ -240,8 +308,9 @@ def finish(
         f"{' of network ' + best['network'] if run.is_pair else ''} at epoch "
         f"{best['epoch']}, chosen on {chosen_on}"
     )
-    if run.config.published_mAP:
-        terminal.say(f"published for this recipe: mAP {run.config.published_mAP:.2f}")
+    if figure := run.config.published_mAP:
+        known = f"mAP {figure:.2f}" if figure > 0 else "no figure is known"
+        terminal.say(f"published for this recipe: {known}")
     file = results.picture(run, folder, val, variables)
     terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")
     return summary

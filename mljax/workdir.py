@@ -25,6 +25,7 @@ FREE_KEYS = frozenset(
         "eval.batch_size",
         "mesh.data",
         "mesh.fsdp",
+        "optim.lr_from",  # optim.lr is what it gave
         "train.checkpoint_every",
         "train.log_every",
         "published_mAP",
@@ -69,18 +70,21 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def _check_same(path: str, old: ConfigDict, new: ConfigDict) -> None:
-    before, now = configs.flatten(old), configs.flatten(new)
+    if changed := differences(configs.flatten(old), configs.flatten(new)):
+        raise UserError(
+            f"--workdir {path}: holds a run of another config ({changed}); name "
+            "another directory, or use the same settings to continue it"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What changed between two flat configs, "" if nothing but FREE_KEYS did."""
     changed = [
         f"{key} was {before[key]!r} and is now {value!r}"
         for key, value in now.items()
         if value != before[key] and key not in FREE_KEYS
     ]
-    if changed:
-        raise UserError(
-            f"--workdir {path}: holds a run of another config ({'; '.join(changed[:3])}"
-            f"{' ...' if len(changed) > 3 else ''}); name another directory, or use "
-            "the same settings to continue it"
-        )
+    return "; ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
 
 
 def write_text(file: Path, text: str) -> None:

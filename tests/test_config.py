@@ -1,10 +1,14 @@
 """Configs: every mistake is one line that names the key."""
 
 import json
+import re
 
 import pytest
+from conftest import shared
 
 from mljax import config as configs
+from mljax import models, recipes
+from mljax.data import annotations
 from mljax.errors import UserError
 
 FILES = sorted(p.stem for p in configs.config_folder().glob("*.py"))
@@ -24,6 +28,89 @@ def test_every_recipe_is_valid(name, arg):
 def test_unknown_variant_is_named(name):
     with pytest.raises(UserError, match=r"no_such.*debug"):
         configs.load(f"configs/{name}.py", "no_such")
+
+
+def published(name: str) -> dict[str, float]:
+    module = configs._module(configs.config_folder() / f"{name}.py")
+    return getattr(module, "PUBLISHED", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "words"),
+    [
+        ("coco", 4, ["640", "tfds"]),
+        ("voc", 3, ["tfds"]),
+        ("nuswide", 1, []),
+        ("vg500", 0, []),
+    ],
+)
+def test_published_recipes(name, count, words):
+    path, known = f"configs/{name}.py", published(name)
+    text = configs.find(path).read_text()
+    table = re.findall(r"^\| (\S+) +\| ([\d.]+) ", text, re.MULTILINE)
+    assert {variant: float(figure) for variant, figure in table} == known
+    assert len(known) == count
+    for variant, figure in known.items():
+        config = configs.load(path, variant)
+        assert config.published_mAP == figure
+        backbone, head, *size = variant.split(",")
+        assert (config.model.backbone, config.model.head) == (backbone, head)
+        assert config.data.image_size == int(size[0] if size else 448)
+        assert (config.batch_size, config.epochs) == (84, 60)
+        assert configs.load(path, f"{variant},debug").published_mAP == 0
+    for backbone in recipes.BACKBONES:
+        for head in recipes.HEADS:
+            config = configs.load(path, f"{head},{backbone}")  # in any order
+            figure = known.get(f"{backbone},{head}", -1)
+            assert config.published_mAP == figure
+    with pytest.raises(UserError) as error:
+        configs.load(path, "tresnet_v3")
+    choices = [*recipes.BACKBONES, *recipes.HEADS, *words, "debug"]
+    assert str(error.value).endswith(f"known: {', '.join(choices)}")
+
+
+def test_what_a_head_changes():
+    found = {}
+    for head in recipes.HEADS:
+        c = configs.load("configs/coco.py", head)
+        found[head] = c.optim.lr, c.loss.aam.scale, c.ema.decay
+    assert found["gcn"] == found["gat"] == found["linear"] == (0.005, 17.0, 0.9993)
+    assert found["ml_decoder"] == (0.007, 23.0, 0.9997)
+    assert set(recipes.BACKBONES) <= models.BACKBONES.keys()
+    assert recipes.HEADS.keys() <= models.HEADS.keys()
+
+
+def test_two_words_of_a_kind_are_refused():
+    words = "tresnet_v2_l,ml_decoder,tf_efficientnetv2_s"
+    with pytest.raises(UserError, match="two of a backbone, tresnet_v2_l and tf_eff"):
+        configs.load("configs/coco.py", words)
+
+
+@pytest.mark.parametrize(("name", "builder"), [("coco", "coco/2014"), ("voc", "voc/2")])
+def test_tfds_variants(name, builder):
+    config = configs.load(f"configs/{name}.py", "tfds,gcn")
+    configs.validate(config)
+    assert config.data.name == "tfds" and builder in config.data.tfds_name
+    assert not config.model.graph.by_occurrences  # which needs annotation files
+
+
+def test_the_graph_of_voc_is_counted_by_objects():
+    assert configs.load("configs/voc.py", "gcn").model.graph.by_occurrences
+    assert not configs.load("configs/voc.py", "ml_decoder").model.graph.by_occurrences
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "images", "classes"),
+    [("nuswide", "NUS_WIDE", 50_720, 81), ("vg500", "VG500", 10_000, 500)],
+)
+def test_recipes_read_the_published_files(name, folder, images, classes, monkeypatch):
+    data = configs.load(f"configs/{name}.py").data
+    file = shared(f"reference/annotations/{folder}") / data.val
+    monkeypatch.setattr(annotations, "_check_files", lambda *_: None)  # no images there
+    assert annotations.read(file, "val", data.max_pixels).labels.shape == (
+        images,
+        classes,
+    )
 
 
 def test_no_recipe_names_a_path():
@@ -66,6 +153,7 @@ def test_bad_override(key, text, message):
         ("optim.layer_decay", "1.1", "must be above 0 and at most 1"),
         ("optim.backbone_lr_factor", "0", "must be above 0"),
         ("optim.freeze_epochs", "60", r"must be below config\.epochs = 60"),
+        ("published_mAP", "101", "must be 0 to 100"),
     ],
 )
 def test_bad_value(key, text, message):

@@ -6,14 +6,37 @@ slices. Its derivatives are given by hand: those that autodiff derives read the 
 map once per tap, and XLA fuses what follows the convolution into each of these reads.
 """
 
+import contextlib
+import contextvars
 import functools
 import operator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
+
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+def is_used() -> bool:
+    """Whether a model that is traced now takes the forms of this file."""
+    return jax.default_backend() == "cpu" and not _plain.get()
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """What is traced inside takes the plain forms on every backend.
+
+    For those who look at the computation instead of running it here.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def _tap(x: jax.Array, i: int, j: int, size: tuple[int, int], stride: int) -> jax.Array:

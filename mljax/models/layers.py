@@ -230,7 +230,7 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
         pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
-        if jax.default_backend() == "cpu":
+        if cpu.is_used():
             return cpu.depthwise_conv(x, weight, self.stride, pads)
         return lax.conv_general_dilated(
             x,

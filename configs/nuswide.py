@@ -1,0 +1,35 @@
+"""NUS-WIDE, 81 labels, 448 x 448: the published AAM recipe (arXiv 2209.06585).
+
+python -m mljax.main --config configs/nuswide.py:tresnet_v2_l,ml_decoder \
+    --workdir runs/nuswide --config.data.root=FOLDER \
+    --config.init_from=hf://timm/WEIGHTS
+
+FOLDER holds train.json and val.json (annotation JSON, see the README); the published
+val.json has 50,720 images. Splits differ between papers, because many of the original
+links are dead: compare figures of one split only.
+
+| configs/nuswide.py:     | published mAP                | WEIGHTS                 |
+|-------------------------|------------------------------|-------------------------|
+| tresnet_v2_l,ml_decoder | 68.3 (quoted second-hand)    | tresnet_v2_l.miil_in21k |
+
+Other backbones and heads can be named too (mobilenetv3_large_100, tf_efficientnetv2_s,
+tf_efficientnetv2_l; linear, gcn, gat; without an argument:
+mobilenetv3_large_100,linear). No figure is known for them, and the run says so.
+`debug` is one epoch of small images.
+
+Not in it yet: the published runs augment with RandAugment and Cutout beside the flip.
+The graph heads of the paper start from word vectors: name a GloVe file with
+--config.model.graph.embeddings, without it they are random. The scale of aam and the
+learning rate are those of the head on COCO (ML-Decoder) and VOC (graph); what was used
+here is not known.
+"""
+
+from ml_collections import ConfigDict
+
+from mljax.recipes import recipe
+
+PUBLISHED = {"tresnet_v2_l,ml_decoder": 68.3}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return recipe(arg, PUBLISHED)

@@ -1,0 +1,27 @@
+"""Visual Genome with its 500 most frequent labels, 448 x 448: the AAM recipe there.
+
+python -m mljax.main --config configs/vg500.py:tresnet_v2_l,ml_decoder \
+    --workdir runs/vg500 --config.data.root=FOLDER \
+    --config.init_from=hf://timm/WEIGHTS
+
+FOLDER holds train.json and val.json (annotation JSON, see the README); the usual
+val.json has 10,000 images. The labels are numbers.
+
+No figure of this method (arXiv 2209.06585) is known for any variant, and the run
+says so. A variant is a backbone and a head: mobilenetv3_large_100, tf_efficientnetv2_s,
+tf_efficientnetv2_l or tresnet_v2_l with linear, gcn, gat or ml_decoder (without an
+argument: mobilenetv3_large_100,linear). WEIGHTS are
+mobilenetv3_large_100.miil_in21k, tf_efficientnetv2_s.in21k, tf_efficientnetv2_l.in21k,
+tresnet_v2_l.miil_in21k. `debug` is one epoch of small images.
+
+Not in it yet: RandAugment and Cutout beside the flip. The settings are those of the
+head on COCO (ML-Decoder, here with 100 queries for 5 labels each) and VOC (graph).
+"""
+
+from ml_collections import ConfigDict
+
+from mljax.recipes import recipe
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return recipe(arg, published={})

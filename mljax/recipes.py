@@ -1,0 +1,107 @@
+"""The published recipes (arXiv 2209.06585): what the configs of the data sets share.
+
+A variant is a list of words, such as `tf_efficientnetv2_s,ml_decoder,tfds`: a backbone,
+a head, an image size for which a figure is published, and where the images come from.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from mljax.config import common
+
+BACKBONES = (
+    "mobilenetv3_large_100",
+    "tf_efficientnetv2_s",
+    "tf_efficientnetv2_l",
+    "tresnet_v2_l",
+)
+_SIZE = 448  # pixels, unless a figure is published for another size
+
+
+class Settings(NamedTuple):
+    """What the paper sets by head."""
+
+    lr: float
+    scale: float  # of the loss aam
+    ema_decay: float
+
+
+# The learning rates are published for these heads, the scales for a graph on VOC and
+# for ML-Decoder on COCO. Which decay goes with which head is not: both are taken in the
+# order in which the paper's settings are listed.
+_GRAPH = Settings(lr=0.005, scale=17.0, ema_decay=0.9993)
+_ML_DECODER = Settings(lr=0.007, scale=23.0, ema_decay=0.9997)
+HEADS = {
+    "linear": _GRAPH,  # not published: its classifier is that of a graph head
+    "gcn": _GRAPH,
+    "gat": _GRAPH,
+    "ml_decoder": _ML_DECODER,
+}
+
+
+class Tfds(NamedTuple):
+    """A data set of TensorFlow Datasets and its splits."""
+
+    name: str
+    train: str
+    val: str
+
+
+def recipe(
+    arg: str, published: Mapping[str, float], tfds: Tfds | None = None
+) -> ConfigDict:
+    """The config of the variant `arg`; the head decides lr, scale and EMA decay.
+
+    Args:
+        arg: words between commas, in any order: a backbone and a head (default: the
+            first of each), a size that `published` has, "tfds", "debug".
+        published: mAP in percent by variant ("tresnet_v2_l,ml_decoder", with ",640"
+            where the size is not 448).
+        tfds: what "tfds" reads.
+
+    Raises:
+        ValueError: a word is unknown or excludes one before it; names the choices.
+    """
+    sizes = sorted({k.split(",")[2] for k in published if k.count(",") == 2})
+    choices: dict[str, list[str]] = {
+        "backbone": list(BACKBONES),
+        "head": list(HEADS),
+        "size": sizes,
+        "source": ["tfds"] if tfds else [],
+        "length": ["debug"],
+    }
+    kind_of = {word: kind for kind, words in choices.items() for word in words}
+    chosen: dict[str, str] = {}
+    for word in filter(None, arg.split(",")):
+        if word not in kind_of:
+            raise ValueError(f"unknown variant {word!r}; known: {', '.join(kind_of)}")
+        kind = kind_of[word]
+        if chosen.setdefault(kind, word) != word:
+            raise ValueError(f"two of a {kind}, {chosen[kind]} and {word}: name one")
+
+    config = common()
+    config.epochs = 60
+    config.batch_size = 84
+    config.data.image_size = int(chosen.get("size", _SIZE))
+    config.data.antialias = False
+    config.model.backbone = chosen.get("backbone", BACKBONES[0])
+    config.model.head = chosen.get("head", next(iter(HEADS)))
+    settings = HEADS[config.model.head]
+    config.optim.lr = settings.lr
+    config.loss.aam.scale = settings.scale
+    config.ema.decay = settings.ema_decay
+    size = [chosen["size"]] if "size" in chosen else []
+    variant = ",".join([config.model.backbone, config.model.head, *size])
+    config.published_mAP = published.get(variant, -1.0)
+    if tfds and "source" in chosen:
+        config.data.name = "tfds"
+        config.data.tfds_name = tfds.name
+        config.data.train, config.data.val = tfds.train, tfds.val
+    if "length" in chosen:
+        config.epochs = 1
+        config.batch_size = 16
+        config.data.image_size = 64
+        config.published_mAP = 0.0
+    return config
