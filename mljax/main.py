@@ -99,7 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: run(args))
 
 
-def exit_code(job: Callable[[], None]) -> int:
+def exit_code(
+    job: Callable[[], None],
+    interrupted: str = "interrupted: the same command goes on from here",
+) -> int:
     """Of a program whose flags are right: 0, 1 for an error, 130 when interrupted."""
     try:
         job()
@@ -122,7 +125,7 @@ def exit_code(job: Callable[[], None]) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0
 

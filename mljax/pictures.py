@@ -8,27 +8,32 @@ import numpy as np
 SHEET = 24  # images on one sheet
 _COLUMNS = 6
 _SIDE = 2.2
-_COLOURS = {"right": "#1a7f37", "wrong": "#c62828", "missed": "#8a6d00"}
+_COLOURS = {
+    "right": "#1a7f37",
+    "wrong": "#c62828",
+    "missed": "#8a6d00",
+    "unknown": "#111111",
+}
 
 
 def sheet(
     file: Path,
     images: Sequence[np.ndarray],
     probabilities: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     class_names: Sequence[str],
     threshold: float = 0.5,
 ) -> None:
     """Writes a PNG: each image with the labels predicted for it.
 
     Green: predicted and true. Red: predicted, not true. Brown: true, not predicted;
-    each with its probability in percent.
+    each with its probability in percent. Without labels all are black.
 
     Args:
         file: the PNG to write.
         images: uint8 [height, width, 3] each, of any size.
         probabilities: [num_images, num_classes].
-        labels: [num_images, num_classes] in {1, 0, -1}.
+        labels: [num_images, num_classes] in {1, 0, -1}, or None.
         class_names: of the columns.
         threshold: predicted means above it.
     """
@@ -44,7 +49,8 @@ def sheet(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
-    for axis, image, p, t in zip(axes, images, probabilities, labels, strict=False):
+    truth = [None] * len(images) if labels is None else labels
+    for axis, image, p, t in zip(axes, images, probabilities, truth, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.set_anchor("N")
         for line, (text, colour) in enumerate(_lines(p, t, class_names, threshold)):
@@ -59,6 +65,8 @@ def sheet(
                 va="top",
             )
     key = "green: right    red: predicted, not labelled    brown: labelled, missed"
+    if labels is None:
+        key = f"labels with a probability above {100 * threshold:g} %"
     figure.text(0.01, 1 - 0.05 / figure.get_figheight(), key, fontsize=9, va="top")
     height = figure.get_figheight()
     figure.subplots_adjust(
@@ -68,14 +76,15 @@ def sheet(
 
 
 def _lines(
-    p: np.ndarray, t: np.ndarray, class_names: Sequence[str], threshold: float
+    p: np.ndarray, t: np.ndarray | None, class_names: Sequence[str], threshold: float
 ) -> list[tuple[str, str]]:
     """At most six, the most probable first: (text, colour)."""
     found = []
     for i in np.argsort(-p):
-        predicted, true = p[i] > threshold, t[i] == 1
+        predicted, true = p[i] > threshold, t is not None and t[i] == 1
         if not (predicted or true):
             continue
         kind = ("right" if true else "wrong") if predicted else "missed"
-        found.append((f"{class_names[i]} {100 * p[i]:.0f}", _COLOURS[kind]))
+        colour = _COLOURS["unknown" if t is None else kind]
+        found.append((f"{class_names[i]} {100 * p[i]:.0f}", colour))
     return found[:6] or [("(none)", "#555555")]

@@ -1,0 +1,230 @@
+"""Labels for images: `python -m mljax.predict --checkpoint DIR --images FOLDER ...`.
+
+    from mljax import predict
+
+    model = predict.load("runs/mine")  # a work directory or one saved step
+    model.predict(["photo.jpg"])  # probabilities [images, classes]
+    model.labels(["photo.jpg"])  # [["sky", "tree"]]
+
+The checkpoint alone is enough: it holds the config, the class names and how images are
+prepared. Nothing in it is executed, and TensorFlow is not needed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mljax import memory
+from mljax.errors import UserError
+from mljax.prediction_files import FORMATS, Row, find_images, writer
+
+BATCH = 32
+
+
+def load(checkpoint: str | Path, batch_size: int = BATCH) -> "Predictor":
+    """The model of a work directory (then its best) or of one saved step.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged or of a newer version.
+    """
+    from mljax.models import folded, pretrained
+
+    model, about = pretrained.restore(checkpoint)
+    return Predictor(folded(model), about, batch_size)
+
+
+class Predictor:
+    """A trained model, ready for images.
+
+    Attributes:
+        class_names: of the columns of probabilities.
+        config: of the run that trained it.
+        batch_size: images computed at a time.
+    """
+
+    def __init__(self, model: Any, about: dict[str, Any], batch_size: int = BATCH):
+        import jax
+
+        from mljax import config as configs
+        from mljax import losses
+        from mljax.data.augment import normalise
+        from mljax.models.functional import as_function, split
+
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size}: must be at least 1")
+        self.class_names: list[str] = list(about["class_names"])
+        self.config = configs.from_dict(about["config"])
+        self.batch_size = batch_size
+        self._weights = split(model)
+        apply = as_function(model)
+
+        @jax.jit
+        def run(weights: Any, images: jax.Array) -> jax.Array:
+            outputs, _ = apply(*weights, normalise(images), train=False)
+            return losses.probabilities(outputs, self.config.loss)
+
+        self._run = run
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Probabilities, float32 [num_images, num_classes].
+
+        Args:
+            images: a sequence of paths, PIL images and arrays (uint8 [height, width,
+                3], RGB), or one array [num_images, height, width, 3].
+
+        Raises:
+            UserError: an image cannot be read; names it.
+        """
+        if isinstance(images, str | Path):
+            images = [images]
+        rows = []
+        for row in self.each(images):
+            if row.error:
+                raise UserError(f"{row.path}: cannot be read ({row.error})")
+            rows.append(row.probabilities)
+        return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), "f4")
+
+    def labels(self, images: Any, threshold: float = 0.5) -> list[list[str]]:
+        """The names of the labels with probability > threshold, the likeliest first.
+
+        `images` and errors as in `predict`.
+        """
+        return [self.names(p, threshold) for p in self.predict(images)]
+
+    def names(self, probabilities: np.ndarray, threshold: float = 0.5) -> list[str]:
+        """The labels in a row of probabilities [num_classes]."""
+        order = np.argsort(-probabilities, kind="stable")
+        return [self.class_names[i] for i in order if probabilities[i] > threshold]
+
+    def each(self, images: Iterable[Any]) -> Iterator[Row]:
+        """One row an image, in order; an unreadable one has an error instead."""
+        with ThreadPoolExecutor() as pool:
+            batch: list[Any] = []
+            for image in images:
+                batch.append(image)
+                if len(batch) == self.batch_size:
+                    yield from self._batch(batch, pool)
+                    batch = []
+            yield from self._batch(batch, pool)
+
+    def _batch(self, batch: list[Any], pool: ThreadPoolExecutor) -> Iterator[Row]:
+        read = list(pool.map(self._read, batch))
+        pixels = [image for image in read if isinstance(image, np.ndarray)]
+        found = iter(self._probabilities(pixels))
+        for image, result in zip(batch, read, strict=True):
+            path = str(image) if isinstance(image, str | Path) else "an image"
+            if isinstance(result, str):
+                yield Row(path, np.zeros(0, np.float32), result)
+            else:
+                yield Row(path, next(found), "")
+
+    def _read(self, image: Any) -> np.ndarray | str:
+        """Pixels of the size that the model takes, or why there are none."""
+        from mljax import images
+
+        data = self.config.data
+        try:
+            pixels = images.read(image, data.max_pixels)
+        except images.UnreadableImage as error:
+            return str(error)
+        return images.resize(pixels, data.image_size, data.antialias)
+
+    def _probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        if not pixels:
+            return np.zeros((0, len(self.class_names)), np.float32)
+        # Few sizes of batches, each compiled once: powers of two, and the full one.
+        count = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
+        batch = np.zeros((count, *pixels[0].shape), np.uint8)
+        batch[: len(pixels)] = pixels
+        return np.asarray(self._run(self._weights, batch))[: len(pixels)]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mljax.predict",
+        allow_abbrev=False,
+        description="Write the labels of images to a file.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="work directory, or a step")
+    add(
+        "--images",
+        required=True,
+        metavar="WHAT",
+        help="a folder (with those below it), a pattern in quotes ('photos/*.jpg'), an "
+        "image, or a text file with a path a line",
+    )
+    add("--output", required=True, metavar="FILE", help=", ".join(FORMATS))
+    add("--threshold", type=float, default=0.5, help="labels above it (default: 0.5)")
+    add("--batch-size", type=int, default=BATCH, help=f"default: {BATCH}")
+    add("--show", metavar="PNG", help="also draw some of the images with their labels")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not 0 <= args.threshold < 1:
+        raise UserError(f"--threshold={args.threshold}: must be at least 0, below 1")
+    for flag, name in (("--output", args.output), ("--show", args.show)):
+        if name and Path(name).exists() and not args.overwrite:
+            raise UserError(f"{flag} {name}: exists; name another, or add --overwrite")
+    if args.show and Path(args.show).suffix.lower() != ".png":
+        raise UserError(f"--show {args.show}: must end in .png")
+    paths = find_images(args.images)
+    with writer(args.output) as output:  # an unwritable place is found before the work
+        from mljax import compile_cache
+
+        compile_cache.enable()
+        model = load(args.checkpoint, args.batch_size)
+        output.begin(model.class_names)
+        shown = set(np.linspace(0, len(paths) - 1, 24).astype(int)) if args.show else ()
+        rows, unreadable = [], 0
+        for i, row in enumerate(model.each(paths)):
+            named = () if row.error else model.names(row.probabilities, args.threshold)
+            output.add(row, list(named))
+            if row.error:
+                unreadable += 1
+                print(f"\r{row.path}: cannot be read ({row.error})", file=sys.stderr)
+            elif i in shown:
+                rows.append(row)
+            _progress(i + 1, len(paths))
+    print(f"{len(paths)} images, {unreadable} could not be read: {args.output}")
+    if args.show:
+        _draw(Path(args.show), rows, model, args.threshold)
+        print(f"picture: {args.show}")
+    if unreadable == len(paths):
+        raise UserError(f"--images {args.images}: none of the images could be read")
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty() and (done == total or done % 8 == 0):
+        bar = "#" * (30 * done // total)
+        end = "\n" if done == total else ""
+        print(f"\r[{bar:<30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+
+def _draw(file: Path, rows: list[Row], model: Predictor, threshold: float) -> None:
+    from mljax import images, pictures
+
+    pixels = [images.read(row.path, model.config.data.max_pixels) for row in rows]
+    probabilities = np.array([row.probabilities for row in rows])
+    names = model.class_names
+    pictures.sheet(file, pixels, probabilities, None, names, threshold)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
+    from mljax import main as program
+
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return program.exit_code(lambda: run(args), interrupted="interrupted")
+
+
+if __name__ == "__main__":
+    memory.restart_tuned()
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What `mljax.predict` reads and writes: lists of images, files of predictions."""
+
+import csv
+import glob
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from mljax.errors import UserError
+
+FORMATS = (".csv", ".json", ".jsonl")
+_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+_BETWEEN = ";"  # labels in a cell of a CSV file
+
+
+class Row(NamedTuple):
+    """What is said of one image.
+
+    Attributes:
+        path: as it was given.
+        probabilities: float32 [num_classes]; empty where the image is unreadable.
+        error: why it is; else "".
+    """
+
+    path: str
+    probabilities: np.ndarray
+    error: str
+
+
+def find_images(what: str) -> list[str]:
+    """The paths that `what` stands for, sorted unless a list gives their order.
+
+    Args:
+        what: a folder (the images in it and below it), one image, a text file with a
+            path a line (relative to that file), or a pattern.
+
+    Raises:
+        UserError: there are none, or a list cannot be read.
+    """
+    path = Path(what)
+    if path.is_dir():
+        found = sorted(
+            str(file)
+            for file in path.rglob("*")
+            if file.suffix.lower() in _IMAGES and file.is_file()
+        )
+        if not found:
+            raise UserError(
+                f"--images {what}: has no images ({', '.join(_IMAGES)}), nor have the "
+                "folders below it"
+            )
+        return found
+    if path.is_file():
+        if path.suffix.lower() in _IMAGES:
+            return [what]
+        return _read_list(path)
+    found = sorted(p for p in glob.glob(what, recursive=True) if os.path.isfile(p))
+    if not found:
+        raise UserError(
+            f"--images {what}: there is no such folder or file, and as a pattern it "
+            "matches nothing"
+        )
+    return found
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"--images {path}: is neither an image by its name ({', '.join(_IMAGES)}) "
+            "nor a text file with a path a line"
+        ) from None
+    found = [str(path.parent / line.strip()) for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--images {path}: names no images (one path a line)")
+    return found
+
+
+class Writer:
+    """Writes one row an image, in the format that the name of the file asks for.
+
+    CSV: path, labels (between semicolons), a column for each class, error. JSON: a
+    list of objects; JSON lines: the same objects, one a line.
+    """
+
+    def __init__(self, file: IO[str], kind: str):
+        self._file, self._kind, self._rows = file, kind, 0
+        self._csv = csv.writer(file)
+        self._names: list[str] = []
+
+    def begin(self, class_names: list[str]) -> None:
+        self._names = class_names
+        if self._kind == ".csv":
+            self._csv.writerow(["path", "labels", *class_names, "error"])
+        elif self._kind == ".json":
+            self._file.write("[")
+
+    def add(self, row: Row, labels: list[str]) -> None:
+        # Six digits: more than the images' noise, and files stay small.
+        numbers = [round(p, 6) for p in row.probabilities.tolist()]
+        self._rows += 1
+        if self._kind == ".csv":
+            cells = numbers or [""] * len(self._names)
+            joined = _BETWEEN.join(labels)
+            self._csv.writerow([row.path, joined, *cells, row.error])
+            return
+        entry: dict[str, object] = {"path": row.path, "error": row.error}
+        if not row.error:
+            probabilities = dict(zip(self._names, numbers, strict=True))
+            entry = {"path": row.path, "labels": labels, "probabilities": probabilities}
+        text = json.dumps(entry, ensure_ascii=False)
+        if self._kind == ".jsonl":
+            self._file.write(text + "\n")
+        else:
+            self._file.write(("\n" if self._rows == 1 else ",\n") + text)
+
+    def end(self) -> None:
+        if self._kind == ".json":
+            self._file.write("\n]\n")
+
+
+@contextmanager
+def writer(output: str) -> Iterator[Writer]:
+    """A `Writer` whose file appears under its name once it is complete.
+
+    Raises:
+        UserError: another format, or the file cannot be written there.
+    """
+    path = Path(output)
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise UserError(f"--output {output}: must end in {', '.join(FORMATS)}")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        file = part.open("w", encoding="utf-8", newline="" if kind == ".csv" else None)
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from None
+    try:
+        with file:
+            made = Writer(file, kind)
+            yield made
+            made.end()
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+"""Predictions from a checkpoint: the same as evaluation's, and every kind of file."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+import test_data_decode
+from flax import nnx
+from PIL import Image
+from runs import ROOT
+
+from mljax import images, losses, models, predict, step
+from mljax.checkpoint import FORMAT, Checkpoints
+from mljax.config import common
+from mljax.data import augment
+from mljax.data.decode import decode
+from mljax.errors import UserError
+from mljax.models.functional import as_function, split
+
+NAMES = ["a,b", "cat", "dog", "été"]
+
+
+def draw(seed: int, height: int = 40, width: int = 50) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A work directory as training leaves it, with random weights."""
+    config = common()
+    config.model.backbone = "vit_tiny_patch16_224"
+    config.data.image_size = 32
+    config.data.max_pixels = 1_000_000
+    model = models.build_model(
+        config.model,
+        len(NAMES),
+        angular=True,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    params, batch_stats = split(model)
+    folder = tmp_path_factory.mktemp("run")
+    saved = Checkpoints(folder / "best")
+    weights = {"params": params, "batch_stats": batch_stats}
+    saved.save(7, weights, {"config": config.to_dict(), "class_names": NAMES})
+    saved.close()
+    return folder, model, config
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos é"
+    (folder / "below").mkdir(parents=True)
+    Image.fromarray(draw(0)).save(folder / "1.PNG")
+    Image.fromarray(draw(1)).save(folder / "2 b.jpg")
+    Image.fromarray(draw(2)).save(folder / "below" / "3.webp", lossless=True)
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "zero.jpg").write_bytes(b"")
+    whole = (folder / "2 b.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (2000, 2000)).save(folder / "large.png")
+    (folder / "notes.txt").write_text("not asked for")
+    return folder
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [(40, 50), (500, 37), (20, 31), (32, 32)])
+def test_resize_is_tensorflows(size, antialias):
+    image = draw(3, *size)
+    expected = tf.image.resize(image, [32, 32], "bilinear", antialias=antialias)
+    expected = tf.saturate_cast(tf.round(expected), tf.uint8).numpy()
+    actual = images.resize(image, 32, antialias)
+    # The same sums in another order: one level apart where they end near a half.
+    difference = np.abs(actual.astype(int) - expected)
+    assert difference.max() <= 1 and np.mean(difference > 0) < 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(test_data_decode.FILES))
+def test_files_are_read_as_in_training(name, tmp_path):
+    data = test_data_decode.FILES[name]
+    file = tmp_path / "image"
+    file.write_bytes(data)
+    expected = decode(tf.constant(data), 10**6).numpy()
+    difference = np.abs(images.read(file, 10**6).astype(int) - expected)
+    assert difference.max() <= 2 and difference.mean() < 0.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(draw(5)).save(tmp_path / "a.jpg", exif=exif)
+    expected = decode(tf.io.read_file(str(tmp_path / "a.jpg")), 10**6).numpy()
+    difference = images.read(tmp_path / "a.jpg", 10**6).astype(int) - expected
+    assert np.abs(difference).max() <= 2
+
+
+def test_probabilities_are_those_of_evaluation(checkpoint):
+    folder, model, config = checkpoint
+    given = np.stack([draw(i, 32, 32) for i in range(5)])
+    evaluate = step.make_eval_step(as_function(model), augment.normalise)
+    expected = losses.probabilities(evaluate(*split(model), given), config.loss)
+    for path in (folder, folder / "best" / "7"):
+        predictor = predict.load(path, batch_size=2)
+        assert predictor.class_names == NAMES
+        found = predictor.predict(given)
+        assert found.shape == (5, 4) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    names = predictor.labels(given[:1], threshold=0.0)[0]
+    assert names == [NAMES[i] for i in np.argsort(-found[0])]
+    assert predictor.labels(given, threshold=0.999) == [[]] * 5
+    assert predictor.predict([]).shape == (0, 4)
+
+
+def test_kinds_of_images_in_python(checkpoint, photos):
+    predictor = predict.load(checkpoint[0])
+    file, pixels = photos / "1.PNG", draw(0)
+    mixed = predictor.predict([str(file), file, Image.fromarray(pixels), pixels])
+    np.testing.assert_allclose(mixed, np.tile(mixed[:1], (4, 1)), atol=1e-6)
+    np.testing.assert_allclose(predictor.predict(file)[0], mixed[0], atol=1e-6)
+    for bad in ([photos / "cut.jpg"], [np.zeros((4, 4, 3))], [photos / "none.jpg"]):
+        with pytest.raises(UserError, match="cannot be read"):
+            predictor.predict(bad)
+
+
+def run(checkpoint, *arguments: object) -> int:
+    return predict.main([f"--checkpoint={checkpoint[0]}", *map(str, arguments)])
+
+
+def test_csv_of_a_folder(checkpoint, photos, tmp_path, capsys):
+    output, show = tmp_path / "out.csv", tmp_path / "sheet.png"
+    arguments = ("--images", photos, "--output", output, "--show", show)
+    assert run(checkpoint, *arguments, "--threshold=0.1") == 0
+    printed = capsys.readouterr()
+    assert "7 images, 4 could not be read" in printed.out
+    assert printed.err.count("cannot be read") == 4
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "labels", *NAMES, "error"]
+    good = [row for row in rows if not row["error"]]
+    assert [row["path"][-6:] for row in good] == ["/1.PNG", "2 b.jpg"[1:], "3.webp"]
+    expected = predict.load(checkpoint[0]).predict([row["path"] for row in good])
+    for row, p in zip(good, expected, strict=True):
+        np.testing.assert_allclose([float(row[n]) for n in NAMES], p, atol=1e-5)
+        chosen = {n for n, value in zip(NAMES, p, strict=True) if value > 0.1}
+        assert set(filter(None, row["labels"].split(";"))) == chosen
+    reasons = {row["path"].rpartition("/")[2]: row["error"] for row in rows}
+    assert "2000 x 2000 pixels" in reasons["large.png"]
+    assert "truncated" in reasons["cut.jpg"]
+    assert "known format" in reasons["text.jpg"] and reasons["zero.jpg"]
+    with Image.open(show) as picture:
+        assert picture.width > 300
+
+    before = output.read_bytes()
+    assert run(checkpoint, *arguments) == 1  # nothing is overwritten
+    assert "exists" in capsys.readouterr().err and output.read_bytes() == before
+    assert run(checkpoint, *arguments, "--overwrite") == 0
+
+
+def test_json_and_lists(checkpoint, photos, tmp_path):
+    listed = photos / "list.txt"
+    listed.write_text("below/3.webp\n\n1.PNG\nmissing.jpg\n")
+    assert run(checkpoint, "--images", listed, "--output", tmp_path / "a.jsonl") == 0
+    lines = [json.loads(x) for x in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [set(x) for x in lines] == [{"path", "labels", "probabilities"}] * 2 + [
+        {"path", "error"}
+    ]
+    pattern = f"{photos}/*.PNG"
+    assert run(checkpoint, "--images", pattern, "--output", tmp_path / "a.json") == 0
+    (only,) = json.loads((tmp_path / "a.json").read_text())
+    assert only == lines[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--images": "{tmp}/empty"}, ["empty", "has no images"]),
+        ({"--images": "{tmp}/none*"}, ["none*", "matches nothing"]),
+        ({"--images": "{photos}/zero.jpg"}, ["none of the images could be read"]),
+        ({"--output": "{tmp}/out.xml"}, ["out.xml", ".csv, .json, .jsonl"]),
+        ({"--output": "{tmp}/no/out.csv"}, ["no/out.csv", "No such file"]),
+        ({"--checkpoint": "{tmp}/empty"}, ["holds no checkpoint"]),
+        ({"--checkpoint": "{tmp}/newer"}, ["newer", "upgrade mljax"]),
+        ({"--checkpoint": "{tmp}/half"}, ["half"]),
+        ({"--threshold": "1"}, ["--threshold"]),
+        ({"--batch-size": "0"}, ["batch_size"]),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, photos, tmp_path, capsys, change, words):
+    (tmp_path / "empty").mkdir()
+    newer = Checkpoints(tmp_path / "newer")
+    newer.save(1, {"params": {}, "batch_stats": {}}, {"format": FORMAT + 1})
+    newer.close()
+    half = tmp_path / "half"
+    subprocess.run(["cp", "-r", checkpoint[0], half], check=True)
+    for file in (half / "best" / "7").rglob("*"):
+        if file.is_file() and "METADATA" not in file.name.upper():
+            os.truncate(file, file.stat().st_size // 2)
+    flags = {
+        "--checkpoint": str(checkpoint[0]),
+        "--images": str(photos),
+        "--output": str(tmp_path / "out.csv"),
+    }
+    for flag, value in change.items():
+        flags[flag] = value.format(tmp=tmp_path, photos=photos)
+    assert predict.main([f"{flag}={value}" for flag, value in flags.items()]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), last
+    done = change == {"--images": "{photos}/zero.jpg"}
+    assert (tmp_path / "out.csv").exists() == done
+
+
+def test_needs_no_tensorflow(checkpoint):
+    code = (
+        "import sys; from mljax import predict; import numpy as np;"
+        f"model = predict.load({str(checkpoint[0])!r});"
+        "print(model.predict(np.zeros((1, 40, 40, 3), np.uint8)).shape);"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
