@@ -57,10 +57,11 @@ class Worker:
         self.about = self.answer()
 
     def answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
-            raise SystemExit("a worker ended; its message is above")
-        return json.loads(line)
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries print as well
+                return json.loads(line)
+        raise SystemExit("a worker ended; its message is above")
 
     def times(self, variant: str, steps: int) -> list[float]:
         assert self.process.stdin
