@@ -75,12 +75,16 @@ class Predictor:
 
         Args:
             images: a sequence of paths, PIL images and arrays (uint8 [height, width,
-                3], RGB), or one array [num_images, height, width, 3].
+                3], RGB), one array [num_images, height, width, 3], or a single image
+                of any of these kinds.
 
         Raises:
             UserError: an image cannot be read; names it.
         """
-        if isinstance(images, str | Path):
+        from PIL import Image
+
+        single = isinstance(images, np.ndarray) and images.ndim in (2, 3)
+        if single or isinstance(images, str | Path | Image.Image):
             images = [images]
         rows = []
         for row in self.each(images):
@@ -194,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
                 rows.append(row)
             _progress(i + 1, len(paths))
     print(f"{len(paths)} images, {unreadable} could not be read: {args.output}")
-    if args.show:
+    if args.show and rows:
         _draw(Path(args.show), rows, model, args.threshold)
         print(f"picture: {args.show}")
     if unreadable == len(paths):

@@ -123,7 +123,9 @@ def test_kinds_of_images_in_python(checkpoint, photos):
     file, pixels = photos / "1.PNG", draw(0)
     mixed = predictor.predict([str(file), file, Image.fromarray(pixels), pixels])
     np.testing.assert_allclose(mixed, np.tile(mixed[:1], (4, 1)), atol=1e-6)
-    np.testing.assert_allclose(predictor.predict(file)[0], mixed[0], atol=1e-6)
+    for single in (file, str(file), Image.fromarray(pixels), pixels):
+        found = predictor.predict(single)
+        np.testing.assert_allclose(found, mixed[:1], atol=1e-6)
     for bad in ([photos / "cut.jpg"], [np.zeros((4, 4, 3))], [photos / "none.jpg"]):
         with pytest.raises(UserError, match="cannot be read"):
             predictor.predict(bad)
@@ -206,13 +208,14 @@ def test_mistakes_are_one_line(checkpoint, photos, tmp_path, capsys, change, wor
         "--checkpoint": str(checkpoint[0]),
         "--images": str(photos),
         "--output": str(tmp_path / "out.csv"),
+        "--show": str(tmp_path / "sheet.png"),
     }
     for flag, value in change.items():
         flags[flag] = value.format(tmp=tmp_path, photos=photos)
     assert predict.main([f"{flag}={value}" for flag, value in flags.items()]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and all(word in last for word in words), last
-    done = change == {"--images": "{photos}/zero.jpg"}
+    done = change == {"--images": "{photos}/zero.jpg"}  # a row with the reason
     assert (tmp_path / "out.csv").exists() == done
 
 
