@@ -1,7 +1,7 @@
 """Every loss with every head on every backbone: a step in bfloat16, saved and loaded.
 
-The backbones are tiny ones of each family. All 120 combinations are marked slow; a
-fifth of them, in which every two parts meet, always runs.
+The backbones are tiny ones of each family. Ten combinations, with every backbone,
+head and loss among them, always run; the other 110 are marked slow.
 """
 
 import itertools
@@ -27,8 +27,8 @@ BATCH = 4
 
 ALL = list(itertools.product(sorted(TINY), HEADS, losses.LOSSES))
 FEW = [
-    (sorted(TINY)[(head + loss) % len(TINY)], HEADS[head], list(losses.LOSSES)[loss])
-    for head, loss in itertools.product(range(len(HEADS)), range(len(losses.LOSSES)))
+    (sorted(TINY)[i % len(TINY)], HEADS[i % len(HEADS)], list(losses.LOSSES)[i % 4])
+    for i in range(10)
 ]
 
 
@@ -106,11 +106,9 @@ def check(backbone: str, head: str, loss: str, folder, monkeypatch) -> None:
     assert scores.dtype == jnp.float32 and jnp.isfinite(scores).all()
 
 
-def test_the_few_let_every_two_parts_meet():
-    for i, j in itertools.combinations(range(3), 2):
-        missing = {(c[i], c[j]) for c in ALL} - {(c[i], c[j]) for c in FEW}
-        # 24 cannot hold all 30 pairs of backbone and head.
-        assert len(missing) <= (6 if (i, j) == (0, 1) else 0), missing
+def test_the_few_have_every_part():
+    for every, few in zip(zip(*ALL, strict=True), zip(*FEW, strict=True), strict=True):
+        assert set(every) == set(few)
 
 
 @pytest.mark.parametrize(("backbone", "head", "loss"), FEW)
