@@ -4,7 +4,7 @@ A config file defines `get_config(arg)`; `--config configs/coco.py:debug` passes
 "debug" as `arg`, and `--config.optim.lr=0.01` overrides one key.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,18 +20,83 @@ def get_config(arg: str = "") -> ConfigDict:
     # What a published recipe should reach, in percent; -1 = no figure is known; 0 = not
     # a published recipe.
     config.published_mAP = 0.0
+    # "first:last": a profiler trace of these steps, for TensorBoard; "" = none.
+    config.profile = ""
 
     config.data = data = ConfigDict()
-    data.name = "annotations"  # annotations | shapes | tfds
-    data.root = ""  # annotations: folder of the two files; tfds: its data directory
-    data.train = "train.json"  # annotations: file in root; tfds: split
+    # Where images and labels come from; mljax/data/NAME.py shows the layout of each:
+    # annotations | coco | voc | table (CSV) | nuswide | vg500 | tfds | shards | shapes
+    data.name = "annotations"
+    # Folder of the data; tfds: its data directory; shards: what mljax.data.shard wrote,
+    # here or in an object store (gs://...).
+    data.root = ""
+    # annotations, coco, table, vg500: a file in root; voc: an image set ("trainval");
+    # nuswide: "Train", "Test"; tfds: a split.
+    data.train = "train.json"
     data.val = "val.json"
+    # Folders of the images in root; "" = the usual place. coco, voc, table, nuswide,
+    # vg500.
+    data.train_images = ""
+    data.val_images = ""
+    # File in root that lists the classes, a name a line; "" = those of the annotations.
+    # voc, table (lists), vg500, tfds (0/1 tensors).
+    data.classes = ""
+    # voc: a label of objects marked difficult only is positive (as in the published
+    # files) | ignored (unknown, as in the evaluation of VOC) | negative.
+    data.difficult = "positive"
+    data.table = ConfigDict(
+        dict(
+            image="image",  # column with the paths
+            columns="",  # label columns between commas; "" = all others
+            empty="absent",  # what an empty cell of them means: absent | unknown
+            labels="",  # or: the column that lists the labels of an image
+            unknown="",  # the column that lists the labels nobody checked, if any
+            separator=";",  # between the labels of a list
+            delimiter=",",  # between cells: , | ; | tab
+            file="",  # one file for both splits, which
+            split="",  # are told apart by this column: data.train, data.val in it
+        )
+    )
     data.tfds_name = ""  # tfds: builder, e.g. "voc/2007"
-    data.tfds_labels = ""  # tfds: feature with the labels; "" = the first that fits
+    data.tfds_labels = ""  # tfds: feature with the labels; "" = the one that fits best
+    data.drop_missing = False  # leave out images whose files are not there
+    # Leave out images without any label (COCO: the usual 40,137 of 40,504 of val2014).
+    data.drop_unlabelled = False
     data.num_train = 0  # shapes: how many pictures are drawn
     data.num_val = 0
-    data.image_size = 448  # pixels; pictures are resized to a square
+    # Pixels: 448 (a square) or (height, width), on the command line 320,480.
+    data.image_size = FieldReference(448, field_type=object)
+    # How a picture of another shape gets there: stretch | letterbox (all of it, with
+    # grey bars) | crop (a part of that shape: the middle, in training anywhere).
+    data.fit = "stretch"
+    # bilinear | area (each new pixel is the mean of what it covers: 2 to 3 times as
+    # fast as antialiasing where pictures shrink; where they grow it makes blocks).
+    data.resize = "bilinear"
     data.antialias = True  # bilinear resize with (True) or without antialiasing
+    # A big JPEG is decoded at 1/2, 1/4 or 1/8 of its size (which costs less), as long
+    # as both sides stay so many times what is needed; 0 = always whole.
+    data.scaled_decode = 2.0
+    # Order of the training images: uniform (each once an epoch) | class_aware (each
+    # label equally often: one of its images).
+    data.sampling = "uniform"
+    # Augmentation of the training images. A random crop shows from crop_area of the
+    # picture (1 = no crop) to all of it; its shape is that of image_size times 1 /
+    # crop_ratio to crop_ratio.
+    data.crop_area = 1.0
+    data.crop_ratio = 4 / 3
+    data.randaugment = ConfigDict(
+        dict(
+            n=0,  # operations in a row, of 15; 0 = off
+            m=0,  # magnitude 1 (weak) to 9; 0 = drawn for each operation
+            prob=0.5,  # that an operation which was drawn is done
+        )
+    )
+    # Largest changes: factors of 1 - x to 1 + x; hue in turns, 0 to 0.5. 0 = none.
+    data.jitter = ConfigDict(
+        dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    )
+    data.cutout = 0.0  # probability of a square in one random colour
+    data.cutout_side = 0.4  # its sides over those of the picture
     data.flip = 0.5  # probability of a horizontal flip
     # Training batches can be mixed, pictures and labels: mixup (shares of both), cutmix
     # (a box of the other). lam ~ Beta(alpha, alpha), one a batch; 0 = off.
@@ -42,10 +107,14 @@ def get_config(arg: str = "") -> ConfigDict:
     # Share of the training images held out to choose the best epoch. With 0 the best
     # epoch is chosen on data.val, and the output says so.
     data.holdout = 0.0
-    # An image that cannot be read: stop | skip (counted, named in the work directory).
+    # An image that is missing or cannot be read: stop | skip (it is counted, named in
+    # the work directory, and changes no other image of its step).
     data.on_error = "stop"
     data.max_pixels = 100_000_000  # a larger image counts as unreadable
     data.prefetch = 2  # batches prepared ahead
+    # Files that are read at the same time; 0 = one a CPU. More for an object store,
+    # which takes long to answer.
+    data.parallel_reads = 0
 
     config.model = model = ConfigDict()
     model.backbone = "mobilenetv3_large_100"
@@ -53,6 +122,9 @@ def get_config(arg: str = "") -> ConfigDict:
     model.pool = "avg"  # avg | max | avg+max
     model.dropout = 0.0  # before the classifier
     model.drop_path = 0.0  # stochastic depth in the backbone: rate of the last block
+    # BatchNorm takes its statistics over the whole batch (1) or over each of so many
+    # equal parts; as many as there are devices: each device over its own images.
+    model.batch_norm_groups = 1
     # Compute blocks again in the backward pass: less memory (not on CPU), slower.
     model.remat = False
     model.ml_decoder = ConfigDict(
@@ -160,6 +232,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sam = sam = ConfigDict()
     sam.rho = 0.05  # size of the perturbation; 0 = no SAM
     sam.adaptive = False
+    # The perturbation is that of the whole batch (1), or each of so many equal parts of
+    # the batch has its own: m-sharpness. As many as devices, or as mesh.data (groups of
+    # mesh.fsdp devices), or a multiple; model.batch_norm_groups is the same or more.
+    sam.groups = 1
     sam.update_stats = "both"  # BatchNorm statistics move in: both | first
 
     config.ema = ema = ConfigDict()
@@ -176,13 +252,26 @@ def get_config(arg: str = "") -> ConfigDict:
     mesh.data = -1  # devices along each axis; -1 = all that are left
     mesh.fsdp = 1
 
+    config.hosts = hosts = ConfigDict()  # several processes that train as one
+    hosts.start_timeout = 300  # seconds in which all of them must have started
+    # Seconds of silence after which a process counts as dead, and the others end.
+    hosts.heartbeat_timeout = 30
+
     config.train = train = ConfigDict()
     train.log_every = 50  # steps
     train.eval_every = 1  # epochs
     train.checkpoint_every = 0  # steps; 0 = at the end of every epoch only
-    train.max_bad_steps = 10  # non-finite steps in a row that end the run
+    # Steps in a row that end the run: not finite, or without any readable image.
+    train.max_bad_steps = 10
     train.patience = 5  # early stopping, in evaluations; 0 = off
     train.warmup_epochs = 0  # early stopping waits for these
 
-    config.eval = ConfigDict(dict(batch_size=128))
+    config.eval = ConfigDict(
+        dict(
+            batch_size=128,
+            # Evaluation and prediction take the mean of the outputs for a picture and
+            # for its mirror image: twice the work.
+            flip=False,
+        )
+    )
     return config

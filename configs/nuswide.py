@@ -6,7 +6,10 @@ python -m mljax.main --config configs/nuswide.py:tresnet_v2_l,ml_decoder \
 
 FOLDER holds train.json and val.json (annotation JSON, see the README); the published
 val.json has 50,720 images. Splits differ between papers, because many of the original
-links are dead: compare figures of one split only.
+links are dead: compare figures of one split only. With `original` FOLDER is the data
+set as its makers published it (ImageList/, Groundtruth/TrainTestLabels/, Concepts81.txt
+and Flickr/): their split of 161,789 / 107,859 images, which is another one.
+--config.data.drop_missing=true goes on without the images that are gone.
 
 | configs/nuswide.py:     | published mAP                | WEIGHTS                 |
 |-------------------------|------------------------------|-------------------------|
@@ -17,7 +20,7 @@ tf_efficientnetv2_l; linear, gcn, gat; without an argument:
 mobilenetv3_large_100,linear). No figure is known for them, and the run says so.
 `debug` is one epoch of small images.
 
-Not in it yet: the published runs augment with RandAugment and Cutout beside the flip.
+Training images are augmented with RandAugment, Cutout and the flip, as published.
 The graph heads of the paper start from word vectors: name a GloVe file with
 --config.model.graph.embeddings, without it they are random. The scale of aam and the
 learning rate are those of the head on COCO (ML-Decoder) and VOC (graph); what was used
@@ -32,4 +35,5 @@ PUBLISHED = {"tresnet_v2_l,ml_decoder": 68.3}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipe(arg, PUBLISHED)
+    original = {"name": "nuswide", "train": "Train", "val": "Test"}
+    return recipe(arg, PUBLISHED, original=original)

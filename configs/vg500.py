@@ -5,7 +5,9 @@ python -m mljax.main --config configs/vg500.py:tresnet_v2_l,ml_decoder \
     --config.init_from=hf://timm/WEIGHTS
 
 FOLDER holds train.json and val.json (annotation JSON, see the README); the usual
-val.json has 10,000 images. The labels are numbers.
+val.json has 10,000 images. The labels are numbers. With `original` FOLDER holds the
+files as published: {train,test}_list_500.txt, vg_category_500_labels_index.json and the
+image folders VG_100K/ and VG_100K_2/.
 
 No figure of this method (arXiv 2209.06585) is known for any variant, and the run
 says so. A variant is a backbone and a head: mobilenetv3_large_100, tf_efficientnetv2_s,
@@ -14,8 +16,8 @@ argument: mobilenetv3_large_100,linear). WEIGHTS are
 mobilenetv3_large_100.miil_in21k, tf_efficientnetv2_s.in21k, tf_efficientnetv2_l.in21k,
 tresnet_v2_l.miil_in21k. `debug` is one epoch of small images.
 
-Not in it yet: RandAugment and Cutout beside the flip. The settings are those of the
-head on COCO (ML-Decoder, here with 100 queries for 5 labels each) and VOC (graph).
+The settings are those of the head on COCO (ML-Decoder, here with 100 queries for 5
+labels each) and VOC (graph), with RandAugment, Cutout and the flip.
 """
 
 from ml_collections import ConfigDict
@@ -24,4 +26,9 @@ from mljax.recipes import recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    return recipe(arg, published={})
+    original = {
+        "name": "vg500",
+        "train": "train_list_500.txt",
+        "val": "test_list_500.txt",
+    }
+    return recipe(arg, published={}, original=original)

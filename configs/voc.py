@@ -5,7 +5,10 @@ python -m mljax.main --config configs/voc.py:tf_efficientnetv2_s,gcn \
     --config.init_from=hf://timm/WEIGHTS
 
 FOLDER holds train.json and val.json (annotation JSON, see the README): 5,011 and 4,952
-images. In the published files objects marked difficult count as positives.
+images. In the published files objects marked difficult count as positives. With
+`original` (voc.py:tf_efficientnetv2_s,gcn,original) FOLDER is VOCdevkit/VOC2007 itself,
+train and test unpacked into one place; --config.data.difficult=ignored leaves difficult
+objects out, as the VOC evaluation does.
 
 | configs/voc.py:                | published mAP | WEIGHTS                   |
 |--------------------------------|---------------|---------------------------|
@@ -20,7 +23,7 @@ mobilenetv3_large_100,linear). No figure is known for them, and the run says so.
 --config.data.tfds_labels=labels_no_difficult leaves difficult objects out, as the VOC
 evaluation does. `debug` is one epoch of small images.
 
-Not in it yet: the published runs augment with RandAugment and Cutout beside the flip.
+Training images are augmented with RandAugment, Cutout and the flip, as published.
 The graph heads of the paper start from word vectors: name a GloVe file with
 --config.model.graph.embeddings, without it they are random. The figures were chosen on
 the test images; data.holdout chooses on a part of train. The scale of aam that went
@@ -39,8 +42,10 @@ PUBLISHED = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = recipe(arg, PUBLISHED, Tfds("voc/2007", "train+validation", "test"))
-    # The graph of the paper is counted by objects, which only the files tell.
+    tfds = Tfds("voc/2007", "train+validation", "test")
+    original = {"name": "voc", "train": "trainval", "val": "test"}
+    config = recipe(arg, PUBLISHED, tfds, original)
+    # The graph of the paper is counted by objects, which TFDS does not tell.
     graph = config.model.head in ("gcn", "gat")
-    config.model.graph.by_occurrences = graph and config.data.name == "annotations"
+    config.model.graph.by_occurrences = graph and config.data.name != "tfds"
     return config

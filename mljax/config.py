@@ -6,15 +6,14 @@ The settings themselves, with their defaults, are in `configs/common.py`.
 import difflib
 import importlib.util
 import json
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mljax.config_rules import BELONGS_TO, FILE_SOURCES, RULES, SIZES
 from mljax.errors import UserError
 
 
@@ -77,16 +76,16 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         raise UserError(f"--config.{key}={text}: {_unknown(key, known)}")
     kind = type(known[key])
     try:
-        value = _parse(kind, text)
+        value = _parse_size(text) if key in SIZES else _parse(kind, text)
     except ValueError:
-        raise UserError(
-            f"--config.{key}={text}: must be {_KINDS[kind]}, like {known[key]!r}"
-        ) from None
+        must = RULES[key][1] if key in SIZES else f"{_KINDS[kind]}, like {known[key]!r}"
+        raise UserError(f"--config.{key}={text}: must be {must}") from None
     node = config
     *parents, name = key.split(".")
     for parent in parents:
         node = node[parent]
-    node[name] = value
+    with node.ignore_type():  # a size is a number or two
+        node[name] = value
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,7 +114,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
 def validate(config: ConfigDict) -> None:
     """Raises UserError at the first value that can never work, naming its key."""
     flat = flatten(config)
-    for key, (test, must) in _RULES.items():
+    for key, (test, must) in RULES.items():
         if not test(flat[key]):
             raise UserError(f"config.{key} = {flat[key]!r}: must be {must}")
     parts = config.optim.accumulate
@@ -123,6 +122,19 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.batch_size = {config.batch_size}: must be divisible by "
             f"config.optim.accumulate = {parts}"
+        )
+    norm_groups, sam_groups = config.model.batch_norm_groups, config.sam.groups
+    if config.batch_size // parts % norm_groups:
+        raise UserError(
+            f"config.model.batch_norm_groups = {norm_groups}: must divide the "
+            f"{config.batch_size // parts} images that are run at once "
+            "(config.batch_size / config.optim.accumulate)"
+        )
+    if norm_groups % sam_groups:
+        raise UserError(
+            f"config.sam.groups = {sam_groups}: must divide "
+            f"config.model.batch_norm_groups = {norm_groups} (images of two groups see "
+            "different weights, and cannot be normalised together)"
         )
     for head in ("ml_decoder", "query2label"):
         dim, heads = config.model[head].dim, config.model[head].heads
@@ -148,13 +160,37 @@ def validate(config: ConfigDict) -> None:
             f"config.epochs = {config.epochs} (0 freezes for the whole run)"
         )
     _refuse_idle(config, flat)
-    if config.data.name == "annotations" and not config.data.root:
+    _validate_data(config.data)
+
+
+def _validate_data(data: ConfigDict) -> None:
+    """Raises UserError where a source lacks what it needs."""
+    if data.name in FILE_SOURCES and not data.root:
         raise UserError(
-            f"config.data.root is empty: name the folder that holds {config.data.train}"
-            f" and {config.data.val} (--config.data.root=FOLDER)"
+            f"config.data.root is empty: name the folder that holds {data.train}"
+            f" and {data.val} (--config.data.root=FOLDER)"
         )
-    if config.data.name == "tfds" and not config.data.tfds_name:
+    if data.name == "shards" and not data.root:
+        raise UserError(
+            "config.data.root is empty: name the folder that mljax.data.shard wrote "
+            "(--config.data.root=FOLDER)"
+        )
+    if data.name == "tfds" and not data.tfds_name:
         raise UserError('config.data.tfds_name is empty: name a builder ("voc/2007")')
+    for key in ("train", "val"):
+        if data.name != "shapes" and not data[key]:
+            raise UserError(f"config.data.{key} is empty: see configs/common.py")
+    table = data.table
+    if bool(table.file) != bool(table.split):
+        raise UserError(
+            "config.data.table.file and config.data.table.split belong together: one "
+            "file, and the column that tells its two parts apart"
+        )
+    if table.labels and table.columns:
+        raise UserError(
+            "config.data.table.labels (one column with lists) and "
+            "config.data.table.columns (a column a label) exclude each other"
+        )
 
 
 def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
@@ -162,11 +198,34 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     data, optim, defaults = config.data, config.optim, flatten(common())
     mixup, cutmix = data.mixup_alpha > 0, data.cutmix_alpha > 0
     either = "config.data.mixup_alpha or config.data.cutmix_alpha above 0"
+    table, is_table = data.table, data.name == "table"
+    lists = "config.data.table.labels"
+    checks = [
+        (f"data.{key}", data.name in names, f"config.data.name = {' or '.join(names)}")
+        for key, names in BELONGS_TO.items()
+    ]
+    checks += [
+        (f"data.table.{key}", is_table, "config.data.name = table") for key in table
+    ]
     for key, acts, needed in (
+        *checks,
+        ("data.table.empty", not table.labels, "a column a label"),
+        ("data.table.unknown", table.labels, lists),
+        ("data.table.separator", table.labels, lists),
+        ("data.antialias", data.resize == "bilinear", "config.data.resize = bilinear"),
+        ("data.crop_ratio", data.crop_area < 1, "config.data.crop_area below 1"),
+        ("data.randaugment.m", data.randaugment.n, "config.data.randaugment.n above 0"),
+        (
+            "data.randaugment.prob",
+            data.randaugment.n,
+            "config.data.randaugment.n above 0",
+        ),
+        ("data.cutout_side", data.cutout, "config.data.cutout above 0"),
         ("data.mixup_alpha", config.batch_size > 1, "config.batch_size above 1"),
         ("data.cutmix_alpha", config.batch_size > 1, "config.batch_size above 1"),
         ("data.mixup_prob", mixup or cutmix, either),
         ("data.mixup_switch_prob", mixup and cutmix, either.replace(" or ", " and ")),
+        ("sam.groups", config.sam.rho > 0, "config.sam.rho above 0"),
         ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
         ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),
     ):
@@ -232,108 +291,7 @@ def _parse(kind: type, text: str) -> Any:
     return kind(text)
 
 
-_Rule = tuple[Callable[[Any], bool], str]
-
-
-def _one_of(*choices: str) -> _Rule:
-    return lambda v: v in choices, "one of " + ", ".join(choices)
-
-
-_POSITIVE: _Rule = (lambda v: 0 < v < math.inf, "above 0")
-_AT_LEAST_0: _Rule = (lambda v: 0 <= v < math.inf, "0 or more")
-_SHARE: _Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
-_POSITIVE_SHARE: _Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
-_BELOW_1: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-_AXIS: _Rule = (lambda v: v == -1 or v > 0, "-1 or above 0")
-
-# Names of backbones, heads, losses and data sets are checked where they are looked up.
-_RULES: dict[str, _Rule] = {
-    "init_from": (
-        lambda v: v[:5] != "hf://" or bool(re.fullmatch(r"hf://[^/]+/[^/]+", v)),
-        "a path, or hf://OWNER/NAME like hf://timm/tf_efficientnetv2_s.in21k",
-    ),
-    "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
-    "epochs": _POSITIVE,
-    "batch_size": _POSITIVE,
-    "dtype": _one_of("float32", "bfloat16"),
-    "published_mAP": (lambda v: v == -1 or 0 <= v <= 100, "0 to 100 (percent), or -1"),
-    "data.num_train": _AT_LEAST_0,
-    "data.num_val": _AT_LEAST_0,
-    "data.image_size": (lambda v: v >= 16, "at least 16 (pixels)"),
-    "data.flip": _SHARE,
-    "data.mixup_alpha": _AT_LEAST_0,
-    "data.cutmix_alpha": _AT_LEAST_0,
-    "data.mixup_prob": _POSITIVE_SHARE,
-    "data.mixup_switch_prob": _SHARE,
-    "data.holdout": _BELOW_1,
-    "data.on_error": _one_of("stop", "skip"),
-    "data.max_pixels": _POSITIVE,
-    "data.prefetch": _POSITIVE,
-    "model.pool": _one_of("avg", "max", "avg+max"),
-    "model.dropout": _BELOW_1,
-    "model.drop_path": _BELOW_1,
-    "model.ml_decoder.groups": _AT_LEAST_0,
-    "model.ml_decoder.dim": _POSITIVE,
-    "model.ml_decoder.heads": _POSITIVE,
-    "model.ml_decoder.feedforward": _POSITIVE,
-    "model.ml_decoder.dropout": _BELOW_1,
-    "model.query2label.dim": (lambda v: v > 0 and v % 4 == 0, "a multiple of 4"),
-    "model.query2label.heads": _POSITIVE,
-    "model.query2label.feedforward": _POSITIVE,
-    "model.query2label.encoder_layers": _AT_LEAST_0,
-    "model.query2label.decoder_layers": _POSITIVE,
-    "model.query2label.dropout": _BELOW_1,
-    "model.csra.heads": (lambda v: v in (1, 2, 4, 6, 8), "one of 1, 2, 4, 6, 8"),
-    "model.csra.residual": _AT_LEAST_0,
-    "model.graph.tau": _POSITIVE_SHARE,
-    "model.graph.rho": _AT_LEAST_0,
-    "model.graph.embedding_dim": _POSITIVE,
-    "model.graph.embedding_std": _POSITIVE,
-    "model.graph.hidden_dim_scale": _POSITIVE,
-    "model.graph.attention_dropout": _BELOW_1,
-    "loss.reduction": _one_of("sum", "mean"),
-    "loss.label_smoothing": _BELOW_1,
-    "loss.focal.gamma": _AT_LEAST_0,
-    "loss.asl.gamma_neg": _AT_LEAST_0,
-    "loss.asl.gamma_pos": _AT_LEAST_0,
-    "loss.asl.probability_margin": _BELOW_1,
-    "loss.asl.eps": _AT_LEAST_0,
-    "loss.aam.scale": _POSITIVE,
-    "loss.aam.margin": (lambda v: -1 <= v <= 1, "between -1 and 1"),
-    "loss.aam.k": _SHARE,
-    "loss.aam.gamma_neg": _AT_LEAST_0,
-    "loss.aam.gamma_pos": _AT_LEAST_0,
-    "loss.aam.probability_margin": _BELOW_1,
-    "optim.name": _one_of("sgd", "adamw", "lamb"),
-    "optim.lr": _POSITIVE,
-    "optim.lr_reference_batch": _AT_LEAST_0,
-    "optim.weight_decay": _AT_LEAST_0,
-    "optim.momentum": _BELOW_1,
-    "optim.b1": _BELOW_1,
-    "optim.b2": _BELOW_1,
-    "optim.eps": _POSITIVE,
-    "optim.bias_lr_factor": _AT_LEAST_0,
-    "optim.clip_norm": _AT_LEAST_0,
-    "optim.freeze_epochs": _AT_LEAST_0,
-    "optim.backbone_lr_factor": _POSITIVE,
-    "optim.layer_decay": _POSITIVE_SHARE,
-    "optim.accumulate": _POSITIVE,
-    "optim.schedule": _one_of("one_cycle", "cosine", "constant"),
-    "optim.pct_start": _SHARE,
-    "optim.div_factor": _POSITIVE,
-    "optim.final_div_factor": _POSITIVE,
-    "sam.rho": _AT_LEAST_0,
-    "sam.update_stats": _one_of("both", "first"),
-    "ema.decay": _BELOW_1,
-    "ema.half_life": _AT_LEAST_0,
-    "mutual.weight": _AT_LEAST_0,
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "train.log_every": _POSITIVE,
-    "train.eval_every": _POSITIVE,
-    "train.checkpoint_every": _AT_LEAST_0,
-    "train.max_bad_steps": _POSITIVE,
-    "train.patience": _AT_LEAST_0,
-    "train.warmup_epochs": _AT_LEAST_0,
-    "eval.batch_size": _POSITIVE,
-}
+def _parse_size(text: str) -> int | tuple[int, ...]:
+    """ "448" -> 448; "320,480", "(320, 480)" and "[320, 480]" -> (320, 480)."""
+    parts = [int(part) for part in text.strip("()[] ").split(",")]
+    return parts[0] if len(parts) == 1 else tuple(parts)

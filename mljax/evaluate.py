@@ -1,12 +1,13 @@
 """A whole evaluation set, over all hosts, to exact metrics."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from mljax import metrics
+from mljax.errors import UserError
 from mljax.sharding import global_batch, to_host
 
 
@@ -73,6 +74,11 @@ def run(
     }
 
 
+def unreadable(scores: Mapping[str, Scores], names: Sequence[str]) -> list[str]:
+    """The names of the images that could not be read, those of `run`'s source."""
+    return [names[i] for i in next(iter(scores.values())).unreadable]
+
+
 def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any]:
     """The metrics of `mljax.metrics` on scores.
 
@@ -80,8 +86,17 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
         mAP; CP, CR, CF1, OP, OR, OF1 (probability > 0.5); the same with "_top3" in
         their names for the three most probable labels of each image; and "per_class":
         AP by column, None where a class has no positive.
+
+    Raises:
+        UserError: no class has a positive among the images that could be read.
     """
     ap = metrics.average_precision(scores.outputs, scores.labels)
+    if np.isnan(ap).all():
+        raise UserError(
+            "no image that can be read has a label, so there is no mAP to compute "
+            f"({len(scores.unreadable)} of {len(scores.places)} images could not be "
+            "read)"
+        )
     p = np.asarray(probabilities(scores.outputs))
     top3 = metrics.classification_report(p, scores.labels, top_k=3)
     return {

@@ -1,21 +1,105 @@
 """Image files and arrays -> uint8 pixels of one size, without TensorFlow.
 
-The same pixels as in training (`data.decode`, `data.pipeline`), up to rounding.
+The same pixels as in evaluation (`data.decode`, `data.fit`), up to rounding.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageOps
+
+GREY = 128  # of the bars beside a picture that keeps its aspect
 
 
 class UnreadableImage(ValueError):
     """Why an image could not be read, on one line and without its name."""
 
 
-def read(image: Any, max_pixels: int) -> np.ndarray:
+def sides_of(data_config: ConfigDict) -> tuple[int, int]:
+    """`data.image_size` as (height, width) in pixels."""
+    size = data_config.image_size
+    return tuple(size) if isinstance(size, tuple) else (size, size)
+
+
+class Box(NamedTuple):
+    """A part of a picture, as shares of its height and width."""
+
+    top: float = 0.0
+    left: float = 0.0
+    bottom: float = 1.0
+    right: float = 1.0
+
+
+def seen(size: tuple[int, ...], data_config: ConfigDict) -> tuple[Box, Box]:
+    """How a picture of `size` (height, width) lies in what `load` makes of it.
+
+    Returns:
+        The box of the model's image that is not bars, and the box of the picture that
+        is shown there.
+    """
+    target = sides_of(data_config)
+    inside, part = Box(), Box()
+    if data_config.fit == "letterbox":
+        inside = _centred(_inside(size, target), target)
+    elif data_config.fit == "crop":
+        part = _centred(_middle_size(size, target), size)
+    return inside, part
+
+
+def _centred(small: tuple[int, ...], whole: tuple[int, ...]) -> Box:
+    """The box of a part of this size, in the middle as `load` has it."""
+    top, left = ((w - s) // 2 for s, w in zip(small, whole, strict=True))
+    height, width = whole
+    bottom, right = (top + small[0]) / height, (left + small[1]) / width
+    return Box(top / height, left / width, bottom, right)
+
+
+def load(image: Any, data_config: ConfigDict) -> np.ndarray:
+    """A file or a picture as evaluation gives it to the model.
+
+    Args:
+        image: as in `read`.
+        data_config: `config.data` of the model.
+
+    Returns:
+        uint8 [height, width, 3] of `sides_of(data_config)`.
+
+    Raises:
+        UnreadableImage: as in `read`.
+    """
+    target = sides_of(data_config)
+    size, by = (0, 0), 1
+
+    def reduction(height: int, width: int) -> int:
+        nonlocal size, by
+        size, by = (height, width), _reduction((height, width), target, data_config)
+        return by
+
+    pixels = read(image, data_config.max_pixels, reduction)
+    if data_config.fit == "crop":
+        pixels = _middle(pixels, size if by > 1 else pixels.shape[:2], by, target)
+    goal = target
+    if data_config.fit == "letterbox":
+        goal = _inside(pixels.shape[:2], target)
+    method = "area" if data_config.resize == "area" else "bilinear"
+    pixels = resize(pixels, goal, data_config.antialias, method)
+    if goal == target:
+        return pixels
+    whole = np.full((*target, 3), GREY, np.uint8)
+    top, left = ((t - g) // 2 for t, g in zip(target, goal, strict=True))
+    whole[top : top + goal[0], left : left + goal[1]] = pixels
+    return whole
+
+
+def read(
+    image: Any,
+    max_pixels: int,
+    reduction: Callable[[int, int], int] = lambda height, width: 1,
+) -> np.ndarray:
     """RGB pixels of a file or a picture.
 
     EXIF rotation is applied to JPEGs, alpha is dropped, 16-bit values keep their upper
@@ -25,6 +109,8 @@ def read(image: Any, max_pixels: int) -> np.ndarray:
         image: a path, a PIL image, or an array: uint8 [height, width, 3] or
             [height, width].
         max_pixels: of height * width; a larger picture is not decoded.
+        reduction: (height, width) of the upright picture -> 1, 2, 4 or 8: a JPEG file
+            is decoded so many times smaller.
 
     Returns:
         uint8 [height, width, 3].
@@ -35,6 +121,7 @@ def read(image: Any, max_pixels: int) -> np.ndarray:
     if isinstance(image, str | Path):
         try:
             with Image.open(image) as opened:
+                _reduce(opened, max_pixels, reduction)
                 return _pixels(opened, max_pixels)
         except UnreadableImage:
             raise
@@ -62,6 +149,67 @@ def read(image: Any, max_pixels: int) -> np.ndarray:
     return array
 
 
+def _reduce(
+    image: Image.Image, max_pixels: int, reduction: Callable[[int, int], int]
+) -> None:
+    """Makes a JPEG file that is not decoded yet decode smaller."""
+    width, height = image.size
+    if image.format not in ("JPEG", "MPO") or width * height > max_pixels:
+        return
+    is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    by = reduction(width, height) if is_turned else reduction(height, width)
+    if by > 1:
+        # PIL takes the largest reduction that leaves this size.
+        image.draft(image.mode, (width // by, height // by))
+
+
+def _reduction(
+    size: tuple[int, int], target: tuple[int, int], data_config: ConfigDict
+) -> int:
+    """As `_level` of `mljax.data.fit`."""
+    if not data_config.scaled_decode:
+        return 1
+    if data_config.fit == "crop":
+        size = _middle_size(size, target)
+    enough = round(100 * data_config.scaled_decode)
+    decides = any if data_config.fit == "letterbox" else all
+    fitting = (
+        by
+        for by in (8, 4, 2)
+        if decides(
+            100 * s >= enough * t * by for s, t in zip(size, target, strict=True)
+        )
+    )
+    return next(fitting, 1)
+
+
+def _inside(size: tuple[int, ...], target: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a picture made to fit into `target`, its aspect kept."""
+    height = (size[0] * target[1] + size[1] // 2) // size[1]
+    width = (size[1] * target[0] + size[0] // 2) // size[0]
+    return max(1, min(height, target[0])), max(1, min(width, target[1]))
+
+
+def _middle_size(size: tuple[int, ...], target: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the largest part of a picture that has the target's shape."""
+    height = (size[1] * target[0] + target[1] // 2) // target[1]
+    width = (size[0] * target[1] + target[0] // 2) // target[0]
+    return max(1, min(height, size[0])), max(1, min(width, size[1]))
+
+
+def _middle(
+    pixels: np.ndarray, size: tuple[int, ...], by: int, target: tuple[int, int]
+) -> np.ndarray:
+    """The middle of a picture of `size`, of which `pixels` are 1 / `by` as many."""
+    parts = []
+    for have, want, now in zip(
+        size, _middle_size(size, target), pixels.shape, strict=False
+    ):
+        first = (have - want) // 2 // by
+        parts.append(slice(first, min(first - (-want // by), now)))
+    return pixels[tuple(parts)]
+
+
 def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     if image.width * image.height > max_pixels:
         raise UnreadableImage(
@@ -76,26 +224,47 @@ def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def resize(image: np.ndarray, size: int, antialias: bool) -> np.ndarray:
-    """Bilinear to a square, as tf.image.resize: [h, w, 3] -> uint8 [size, size, 3]."""
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
+def resize(
+    image: np.ndarray,
+    size: int | tuple[int, int],
+    antialias: bool,
+    method: str = "bilinear",
+) -> np.ndarray:
+    """As tf.image.resize: [h, w, 3] -> uint8 [height, width, 3].
+
+    Args:
+        size: height and width, or one number for both.
+        antialias: of the method "bilinear".
+        method: "bilinear" or "area".
+    """
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if image.shape[:2] == (height, width):
         return image
-    rows, columns = _weights(height, size, antialias), _weights(width, size, antialias)
-    pixels = image.reshape(height, -1).astype(np.float32)
-    resized = np.matmul(columns, (rows @ pixels).reshape(size, width, 3))
+    kind = "area" if method == "area" else "wide" if antialias else "bilinear"
+    rows = _weights(image.shape[0], height, kind)
+    columns = _weights(image.shape[1], width, kind)
+    pixels = image.reshape(len(image), -1).astype(np.float32)
+    resized = np.matmul(columns, (rows @ pixels).reshape(height, -1, 3))
     return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(length: int, size: int, antialias: bool) -> np.ndarray:
-    """float32 [size, length]: a triangle around each new pixel's place, rows sum to 1.
+def _weights(length: int, size: int, kind: str) -> np.ndarray:
+    """float32 [size, length], rows sum to 1.
 
-    Where the picture becomes smaller, antialiasing makes the triangle wider.
+    "bilinear": a triangle around each new pixel's place; "wide": where the picture
+    becomes smaller, a wider one (antialiasing); "area": how much of each old pixel a
+    new one covers.
     """
     ratio = length / size
-    reach = max(ratio, 1.0) if antialias else 1.0
-    places = (np.arange(size) + 0.5) * ratio
-    distance = np.abs(np.arange(length) + 0.5 - places[:, None]) / reach
-    weights = np.maximum(0, 1 - distance)
+    if kind == "area":
+        starts = np.arange(size)[:, None] * ratio
+        pixels = np.arange(length)
+        covered = np.minimum(starts + ratio, pixels + 1) - np.maximum(starts, pixels)
+        weights = np.maximum(0, covered)
+    else:
+        reach = max(ratio, 1.0) if kind == "wide" else 1.0
+        places = (np.arange(size) + 0.5) * ratio
+        distance = np.abs(np.arange(length) + 0.5 - places[:, None]) / reach
+        weights = np.maximum(0, 1 - distance)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

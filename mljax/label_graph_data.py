@@ -1,8 +1,5 @@
 """The label graph of the user's own data: counted, reported, saved with the run."""
 
-import json
-import os
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,14 +54,12 @@ def build(config: ConfigDict, source: "Source") -> LabelGraph | None:
     if graph.adjacency:
         matrix = read_cooccurrence(graph.adjacency, len(names))
     elif graph.by_occurrences:
-        if config.data.name != "annotations":
+        if source.objects is None:
             raise UserError(
-                "config.model.graph.by_occurrences needs data.name = annotations: "
+                "config.model.graph.by_occurrences: data.name = "
                 f"{config.data.name!r} does not tell how often a label is in an image"
             )
-        file = os.path.join(config.data.root, config.data.train)
-        counts = count_occurrences(file, names, source.names)
-        matrix = cooccurrence(source.labels, counts)
+        matrix = cooccurrence(source.labels, source.objects.sum(0, dtype=np.int64))
     else:
         matrix = cooccurrence(source.labels)
     if graph.embeddings:
@@ -83,8 +78,8 @@ def cooccurrence(
     Args:
         labels: [num_images, num_classes] in {1, 0, -1}. An image counts for a pair
             only if both of its labels are known, so -1 changes no probability.
-        occurrences: [num_classes] of `count_occurrences`; divides by these instead, as
-            the files of the published method do.
+        occurrences: [num_classes], how often each label stands in all images (once an
+            object); divides by these instead, as the files of the published method do.
 
     Returns:
         float64 [num_classes, num_classes], zero on the diagonal and in the row of a
@@ -101,42 +96,6 @@ def cooccurrence(
     result = np.divide(both, first, out=np.zeros_like(both), where=first > 0)
     np.fill_diagonal(result, 0)
     return result
-
-
-def count_occurrences(
-    file: str | Path, class_names: Sequence[str], images: Collection[str]
-) -> np.ndarray:
-    """How often each label stands in an annotation file: int64 [num_classes].
-
-    A label stands once for each object, which the labels of a `Source` do not show.
-
-    Args:
-        file: an annotation JSON file that has been read without complaint.
-        class_names: the labels, as text.
-        images: paths of the images that count (`Source.names`).
-
-    Raises:
-        UserError: the file lacks some of the images.
-    """
-    file, wanted = os.fspath(file), set(images)
-    column = {name: i for i, name in enumerate(class_names)}
-    counts = np.zeros(len(class_names), np.int64)
-    seen = set()
-    with open(file, encoding="utf-8-sig") as handle:
-        entries = json.load(handle)["images"]
-    for name, labels, *_ in entries:
-        path = os.path.join(os.path.dirname(file), name)
-        if path not in wanted:
-            continue
-        seen.add(path)
-        for label in labels:
-            counts[column[str(label)]] += 1
-    if wanted - seen:
-        raise UserError(
-            f"{file}: lacks {len(wanted - seen)} of the training images, such as "
-            f"{min(wanted - seen)}; use model.graph.by_occurrences = false"
-        )
-    return counts
 
 
 def read_cooccurrence(path: str | Path, num_classes: int) -> np.ndarray:

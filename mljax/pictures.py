@@ -8,6 +8,7 @@ import numpy as np
 SHEET = 24  # images on one sheet
 _COLUMNS = 6
 _SIDE = 2.2
+_MOST_LINES = 6  # under an image
 _COLOURS = {
     "right": "#1a7f37",
     "wrong": "#c62828",
@@ -22,7 +23,7 @@ def sheet(
     probabilities: np.ndarray,
     labels: np.ndarray | None,
     class_names: Sequence[str],
-    threshold: float = 0.5,
+    threshold: float | np.ndarray = 0.5,
 ) -> None:
     """Writes a PNG: each image with the labels predicted for it.
 
@@ -35,25 +36,74 @@ def sheet(
         probabilities: [num_images, num_classes].
         labels: [num_images, num_classes] in {1, 0, -1}, or None.
         class_names: of the columns.
-        threshold: predicted means above it.
+        threshold: predicted means above it; a number, or [num_classes].
     """
+    truth = [None] * len(images) if labels is None else labels
+    above = np.broadcast_to(threshold, len(class_names))
+    lines = [
+        _lines(p, t, class_names, above)
+        for p, t in zip(probabilities, truth, strict=False)
+    ]
+    key = "green: right    red: predicted, not labelled    brown: labelled, missed"
+    if labels is None:
+        key = "labels with a probability above their thresholds"
+        if above.min() == above.max():
+            key = f"labels with a probability above {100 * above.min():.3g} %"
+    _draw(file, images, lines, key)
+
+
+def contact_sheet(
+    file: Path,
+    images: Sequence[np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+    """Writes a PNG: each image with its labels; unknown ones are brown, with a "?".
+
+    Args:
+        file: the PNG to write.
+        images: uint8 [height, width, 3] each, of any size.
+        labels: [num_images, num_classes] in {1, 0, -1}.
+        class_names: of the columns.
+    """
+    lines = []
+    for row in labels:
+        present, unknown = (np.flatnonzero(row == v).tolist() for v in (1, -1))
+        found = [(class_names[i], _COLOURS["unknown"]) for i in present]
+        found += [(f"{class_names[i]} ?", _COLOURS["missed"]) for i in unknown]
+        more = [(f"and {len(found) - 5} more", "#555555")] * (len(found) > _MOST_LINES)
+        shown = found[: _MOST_LINES - len(more)] + more
+        lines.append(shown or [("(none)", "#555555")])
+    _draw(file, images, lines, "the labels of each image; brown, ?: unknown")
+
+
+def _draw(
+    file: Path,
+    images: Sequence[np.ndarray],
+    lines: Sequence[Sequence[tuple[str, str]]],
+    key: str,
+) -> None:
+    """The images on a grid with (text, colour) lines under each, and a key on top."""
     # The object interface: pyplot would pick a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, max(1, len(images)))
-    rows = -(-len(images) // columns)
-    # In inches: each image is _SIDE wide, with room for six labels below it.
-    figure = Figure(figsize=(_SIDE * columns, (_SIDE + 1.0) * rows + 0.3), dpi=100)
+    rows = max(1, -(-len(images) // columns))
+    # In inches: an image, at most _SIDE wide and high, and the lines below it.
+    ratios = [image.shape[0] / image.shape[1] for image in images]
+    tall = _SIDE * min(1.0, max(ratios, default=1.0))
+    below = 0.05 + 0.15 * max((len(texts) for texts in lines), default=1)
+    height = (tall + below) * rows + 0.3
+    figure = Figure(figsize=(_SIDE * columns, height), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
-    truth = [None] * len(images) if labels is None else labels
-    for axis, image, p, t in zip(axes, images, probabilities, truth, strict=False):
+    for axis, image, texts in zip(axes, images, lines, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.set_anchor("N")
-        for line, (text, colour) in enumerate(_lines(p, t, class_names, threshold)):
+        for line, (text, colour) in enumerate(texts):
             axis.annotate(
                 text,
                 (0, 0),
@@ -63,28 +113,25 @@ def sheet(
                 color=colour,
                 fontsize=8,
                 va="top",
+                parse_math=False,  # a name with a dollar is no formula
             )
-    key = "green: right    red: predicted, not labelled    brown: labelled, missed"
-    if labels is None:
-        key = f"labels with a probability above {100 * threshold:g} %"
-    figure.text(0.01, 1 - 0.05 / figure.get_figheight(), key, fontsize=9, va="top")
-    height = figure.get_figheight()
+    figure.text(0.01, 1 - 0.05 / height, key, fontsize=9, va="top")
     figure.subplots_adjust(
-        0.01, 0.95 / height, 0.99, 1 - 0.3 / height, wspace=0.08, hspace=0.95 / _SIDE
+        0.01, below / height, 0.99, 1 - 0.3 / height, wspace=0.08, hspace=below / tall
     )
     figure.savefig(file)
 
 
 def _lines(
-    p: np.ndarray, t: np.ndarray | None, class_names: Sequence[str], threshold: float
+    p: np.ndarray, t: np.ndarray | None, class_names: Sequence[str], above: np.ndarray
 ) -> list[tuple[str, str]]:
     """At most six, the most probable first: (text, colour)."""
     found = []
     for i in np.argsort(-p):
-        predicted, true = p[i] > threshold, t is not None and t[i] == 1
+        predicted, true = p[i] > above[i], t is not None and t[i] == 1
         if not (predicted or true):
             continue
         kind = ("right" if true else "wrong") if predicted else "missed"
         colour = _COLOURS["unknown" if t is None else kind]
         found.append((f"{class_names[i]} {100 * p[i]:.0f}", colour))
-    return found[:6] or [("(none)", "#555555")]
+    return found[:_MOST_LINES] or [("(none)", "#555555")]

@@ -1,11 +1,12 @@
 """The published recipes (arXiv 2209.06585): what the configs of the data sets share.
 
 A variant is a list of words, such as `tf_efficientnetv2_s,ml_decoder,tfds`: a backbone,
-a head, an image size for which a figure is published, and where the images come from.
+a head, an image size for which a figure is published, and where the images come from
+("original": the files as the makers of the data set publish them).
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -50,7 +51,10 @@ class Tfds(NamedTuple):
 
 
 def recipe(
-    arg: str, published: Mapping[str, float], tfds: Tfds | None = None
+    arg: str,
+    published: Mapping[str, float],
+    tfds: Tfds | None = None,
+    original: Mapping[str, Any] | None = None,
 ) -> ConfigDict:
     """The config of the variant `arg`; the head decides lr, scale and EMA decay.
 
@@ -60,6 +64,7 @@ def recipe(
         published: mAP in percent by variant ("tresnet_v2_l,ml_decoder", with ",640"
             where the size is not 448).
         tfds: what "tfds" reads.
+        original: what "original" changes in `config.data`.
 
     Raises:
         ValueError: a word is unknown or excludes one before it; names the choices.
@@ -69,7 +74,7 @@ def recipe(
         "backbone": list(BACKBONES),
         "head": list(HEADS),
         "size": sizes,
-        "source": ["tfds"] if tfds else [],
+        "source": ["tfds"] * bool(tfds) + ["original"] * bool(original),
         "length": ["debug"],
     }
     kind_of = {word: kind for kind, words in choices.items() for word in words}
@@ -86,6 +91,8 @@ def recipe(
     config.batch_size = 84
     config.data.image_size = int(chosen.get("size", _SIZE))
     config.data.antialias = False
+    config.data.randaugment.n = 2
+    config.data.cutout = 0.5
     config.model.backbone = chosen.get("backbone", BACKBONES[0])
     config.model.head = chosen.get("head", next(iter(HEADS)))
     settings = HEADS[config.model.head]
@@ -95,7 +102,9 @@ def recipe(
     size = [chosen["size"]] if "size" in chosen else []
     variant = ",".join([config.model.backbone, config.model.head, *size])
     config.published_mAP = published.get(variant, -1.0)
-    if tfds and "source" in chosen:
+    if original and chosen.get("source") == "original":
+        config.data.update(original)
+    if tfds and chosen.get("source") == "tfds":
         config.data.name = "tfds"
         config.data.tfds_name = tfds.name
         config.data.train, config.data.val = tfds.train, tfds.val

@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
+import source_trees
 from conftest import shared
 
 from mljax import config as configs
 from mljax import models, recipes
-from mljax.data import annotations
+from mljax.data import DATASETS, annotations
 from mljax.errors import UserError
 
 FILES = sorted(p.stem for p in configs.config_folder().glob("*.py"))
@@ -38,10 +39,10 @@ def published(name: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "count", "words"),
     [
-        ("coco", 4, ["640", "tfds"]),
-        ("voc", 3, ["tfds"]),
-        ("nuswide", 1, []),
-        ("vg500", 0, []),
+        ("coco", 4, ["640", "tfds", "original"]),
+        ("voc", 3, ["tfds", "original"]),
+        ("nuswide", 1, ["original"]),
+        ("vg500", 0, ["original"]),
     ],
 )
 def test_published_recipes(name, count, words):
@@ -95,7 +96,8 @@ def test_tfds_variants(name, builder):
 
 
 def test_the_graph_of_voc_is_counted_by_objects():
-    assert configs.load("configs/voc.py", "gcn").model.graph.by_occurrences
+    for arg in ("gcn", "gcn,original"):
+        assert configs.load("configs/voc.py", arg).model.graph.by_occurrences
     assert not configs.load("configs/voc.py", "ml_decoder").model.graph.by_occurrences
 
 
@@ -103,14 +105,27 @@ def test_the_graph_of_voc_is_counted_by_objects():
     ("name", "folder", "images", "classes"),
     [("nuswide", "NUS_WIDE", 50_720, 81), ("vg500", "VG500", 10_000, 500)],
 )
-def test_recipes_read_the_published_files(name, folder, images, classes, monkeypatch):
+def test_recipes_read_the_published_files(name, folder, images, classes):
     data = configs.load(f"configs/{name}.py").data
     file = shared(f"reference/annotations/{folder}") / data.val
-    monkeypatch.setattr(annotations, "_check_files", lambda *_: None)  # no images there
-    assert annotations.read(file, "val", data.max_pixels).labels.shape == (
-        images,
-        classes,
-    )
+    # There are no images beside them.
+    source = annotations.read(file, "val", data.max_pixels, missing="keep")
+    assert source.labels.shape == (images, classes)
+
+
+@pytest.mark.parametrize("name", ["coco", "voc", "nuswide", "vg500"])
+def test_recipes_read_the_original_layout(name, tmp_path):
+    config = configs.load(f"configs/{name}.py", "original,debug")
+    written = source_trees.write(name, tmp_path)
+    assert config.data.name == name
+    config.data.root = str(tmp_path)
+    if name == "voc":  # the tree of the tests has other names for its image sets
+        assert (config.data.train, config.data.val) == ("trainval", "test")
+        config.data.train, config.data.val = written.train, written.val
+    configs.validate(config)
+    train = DATASETS[name](config.data, config.seed).train
+    assert len(train) == 6 - (name == "coco")  # where it leaves out the unlabelled
+    assert train.labels.sum() == source_trees.TRAIN.sum()
 
 
 def test_no_recipe_names_a_path():
@@ -128,6 +143,7 @@ def test_no_recipe_names_a_path():
         ("epochs", "1.5", r"config\.epochs=1\.5: must be a whole number"),
         ("optim.lr", "fast", r"must be a number, like 0\.005"),
         ("data.antialias", "maybe", "must be true or false"),
+        ("data.image_size", "big", "must be at least 16 .pixels., one number or"),
     ],
 )
 def test_bad_override(key, text, message):
@@ -148,6 +164,15 @@ def test_bad_override(key, text, message):
         ("data.flip", "1.5", "must be between 0 and 1"),
         ("optim.name", "sdg", "must be one of sgd, adamw, lamb"),
         ("data.on_error", "ignore", "must be one of stop, skip"),
+        ("data.image_size", "15", r"= 15: must be at least 16 \(pixels\)"),
+        ("data.image_size", "320,4", r"= \(320, 4\): .* one number or height,width"),
+        ("data.image_size", "32,32,3", r"one number or height,width"),
+        ("data.fit", "pad", "must be one of stretch, letterbox, crop"),
+        ("data.resize", "nearest", "must be one of bilinear, area"),
+        ("data.scaled_decode", "0.5", "must be 0, or 1 or more"),
+        ("data.randaugment.m", "10", "must be 0 .drawn. to 9"),
+        ("data.crop_area", "0", "must be above 0 and at most 1"),
+        ("data.jitter.hue", "0.6", "must be between 0 and 0.5"),
         ("data.mixup_alpha", "-1", "must be 0 or more"),
         ("data.mixup_prob", "0", "must be above 0 and at most 1"),
         ("optim.layer_decay", "1.1", "must be above 0 and at most 1"),
@@ -204,6 +229,9 @@ def test_settings_that_a_head_ignores_are_refused(head, key, text):
         ("data.mixup_switch_prob", "0", ["data.mixup_alpha", "data.cutmix_alpha"]),
         ("optim.freeze_epochs", "2", ["optim.freeze"]),
         ("optim.freeze_stats", "false", ["optim.freeze"]),
+        ("data.randaugment.m", "3", ["data.randaugment.n"]),
+        ("data.randaugment.prob", "1", ["data.randaugment.n"]),
+        ("data.cutout_side", "0.2", ["data.cutout"]),
     ],
 )
 def test_settings_that_do_nothing_alone_are_refused(key, text, needed):
@@ -216,6 +244,45 @@ def test_settings_that_do_nothing_alone_are_refused(key, text, needed):
     for other in needed:
         configs.override(config, other, "1")
     configs.validate(config)
+
+
+def test_settings_of_the_crop_and_the_resize_that_do_nothing():
+    for key, text, needed in (
+        ("crop_ratio", "2", "crop_area below 1"),
+        ("antialias", "false", "resize = bilinear"),
+    ):
+        config = configs.common()
+        config.data.root, config.data.resize = "somewhere", "area"
+        configs.validate(config)
+        configs.override(config, f"data.{key}", text)
+        with pytest.raises(UserError, match=f"does nothing without .*{needed}"):
+            configs.validate(config)
+
+
+def test_image_size_is_one_number_or_two():
+    config = configs.common()
+    config.data.root = "somewhere"
+    for text, size in (("96", 96), ("96,128", (96, 128)), ("(128, 96)", (128, 96))):
+        configs.override(config, "data.image_size", text)
+        assert config.data.image_size == size
+        configs.validate(config)
+        stored = json.loads(json.dumps(config.to_dict()))
+        assert configs.from_dict(stored).to_dict() == config.to_dict()
+    config = configs.common()
+    config.data.image_size = (96, 128)  # in a config file
+    config.data.image_size = 64
+    with pytest.raises(UserError, match="one number or height,width"):
+        configs.override(config, "data.image_size", "1.5")
+
+
+def test_recipes_augment_as_published():
+    for name in ("coco", "voc", "nuswide", "vg500"):
+        data = configs.load(f"configs/{name}.py").data
+        assert data.randaugment.to_dict() == {"n": 2, "m": 0, "prob": 0.5}
+        assert (data.cutout, data.cutout_side, data.flip) == (0.5, 0.4, 0.5)
+    for name in ("corel5k", "shapes"):
+        data = configs.load(f"configs/{name}.py").data
+        assert not data.randaugment.n and not data.cutout
 
 
 def test_one_image_cannot_be_mixed():

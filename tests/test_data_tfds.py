@@ -31,6 +31,23 @@ def test_builders(tmp_path, name, classes):
     assert batch["image"].shape == (4, 16, 16, 3) and batch["ok"].all()
 
 
+def test_groups_of_truth_values_are_labels(tmp_path):
+    config = config_of(tmp_path, "celeb_a")
+    with tfds.testing.mock_data(num_examples=8):
+        train = rooms.load(config)["train"]
+    assert train.labels.shape == (8, 40) and "Smiling" in train.class_names
+    assert train.class_names == sorted(train.class_names)
+    assert set(np.unique(train.labels)) == {0, 1}
+
+
+def test_a_feature_called_label_goes_first(tmp_path):
+    features = tfds.builder("lvis", try_gcs=False).info.features
+    found = rooms._label_features(features)
+    assert next(iter(found)) != "objects/label"  # also: what is not there, and more
+    key, _, names = rooms._label_feature(config_of(tmp_path, "lvis"), features)
+    assert key == "objects/label" and len(names) == 1203
+
+
 def test_voc_classes_and_difficult_objects(tmp_path, monkeypatch):
     example = {
         "image": b"",
@@ -55,7 +72,10 @@ def test_voc_classes_and_difficult_objects(tmp_path, monkeypatch):
         ({}, "is not prepared in .*tfds build voc/2007"),
         ({"tfds_name": ""}, "tfds_name is empty"),
         ({"tfds_name": "no_such_data"}, "no_such_data not found"),
-        ({"tfds_name": "mnist"}, "mnist has no sequence of class labels"),
+        (
+            {"tfds_name": "mnist"},
+            "mnist has no feature with several labels .*image, label",
+        ),
         ({"tfds_labels": "no"}, r"'no' is not one .*\(labels, labels_no_difficult"),
     ],
 )
@@ -110,4 +130,52 @@ def test_a_prepared_data_set(tmp_path):
     np.testing.assert_array_equal(sources["val"].read(1), images[4])
     config.val = "validation"
     with pytest.raises(UserError, match="data.val='validation' is not one of its"):
+        rooms.load(config)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("importlib_resources") is None,
+    reason="TFDS needs importlib_resources to write a data set",
+)
+def test_a_number_for_each_class(tmp_path):
+    targets = np.array([[1, 0, -1], [0, 0, 1], [-1, 1, 0], [7, 0, 0]], np.int64)
+
+    def split(numbers):
+        def examples():
+            for i in numbers:
+                yield {"image": blocks(i), "targets": targets[i]}
+
+        signature = {
+            "image": tf.TensorSpec([40, 53, 3], tf.uint8),
+            "targets": tf.TensorSpec([3], tf.int64),
+        }
+        return tf.data.Dataset.from_generator(examples, output_signature=signature)
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mine",
+        version="1.0.0",
+        data_dir=str(tmp_path),
+        split_datasets={"train": split(range(3)), "test": split([1, 3])},
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(encoding_format="png"),
+                "targets": tfds.features.Tensor(shape=(3,), dtype=np.int64),
+            }
+        ),
+        disable_shuffling=True,
+    )
+    config = config_of(tmp_path, "mine", val="test[:1]")
+    sources = rooms.load(config)
+    assert sources["train"].class_names == ["0", "1", "2"]
+    np.testing.assert_array_equal(sources["train"].labels, targets[:3])
+    (tmp_path / "names.txt").write_text("sky\nant\nbee\n")
+    config.classes = str(tmp_path / "names.txt")
+    train = rooms.load(config)["train"]
+    assert train.class_names == ["ant", "bee", "sky"]
+    np.testing.assert_array_equal(train.labels, targets[:3, [1, 2, 0]])
+    (tmp_path / "names.txt").write_text("sky\n")
+    with pytest.raises(UserError, match="has 1 names, the feature 'targets' .* 3 clas"):
+        rooms.load(config)
+    config.classes, config.val = "", "test"
+    with pytest.raises(UserError, match="'targets' of example 1 must hold .*found 7"):
         rooms.load(config)

@@ -10,12 +10,12 @@ from PIL import Image
 
 from configs.common import get_config
 from mljax import label_graph_data, label_graph_picture
+from mljax.data import annotations
 from mljax.errors import UserError
 from mljax.label_graph_data import (
     LabelGraph,
     build,
     cooccurrence,
-    count_occurrences,
     read_cooccurrence,
     report,
     save,
@@ -23,26 +23,13 @@ from mljax.label_graph_data import (
 from mljax.word_embeddings import load_embeddings, random_embeddings
 
 
-def voc():
-    """(file, class names, image paths, labels) of the real VOC07 training file."""
-    file = shared("reference/annotations/VOC/train.json")
-    content = json.loads(file.read_text())
-    names = sorted(content["classes"])
-    labels = np.array([[n in image[1] for n in names] for image in content["images"]])
-    images = [str(file.parent / image[0]) for image in content["images"]]
-    return file, names, images, labels.astype(np.int8)
-
-
 def test_the_published_voc_graph_exactly():
-    file, names, images, labels = voc()
+    file = shared("reference/annotations/VOC/train.json")
     expected = np.load(shared("reference/graph/adj_matrix_voc.npy"))
-    counts = count_occurrences(file, names, images)
-    np.testing.assert_array_equal(cooccurrence(labels, counts), expected)
+    source = annotations.read(file, "train", 10**8, missing="keep")  # without images
     config = get_config()
     config.model.head = "gcn"
     config.model.graph.by_occurrences = True
-    config.data.root = str(file.parent)
-    source = SimpleNamespace(class_names=names, names=images, labels=labels)
     graph = build(config, source)
     np.testing.assert_array_equal(graph.cooccurrence, expected)
     assert graph.embeddings.shape == (20, 300)
@@ -103,12 +90,15 @@ def test_occurrences_of_the_images_that_are_trained_on(tmp_path):
     file = tmp_path / "train.json"
     images = [["a.jpg", [7, 7, 10]], ["b.jpg", [7], [10]], ["c.jpg", []]]
     file.write_text(json.dumps({"classes": [10, 7], "images": images}))
-    paths = [str(tmp_path / image[0]) for image in images]
-    np.testing.assert_array_equal(count_occurrences(file, ["7", "10"], paths), [3, 1])
-    only = count_occurrences(file, ["7", "10"], paths[1:])
-    np.testing.assert_array_equal(only, [1, 0])
-    with pytest.raises(UserError, match="lacks 1 of the training images"):
-        count_occurrences(file, ["7", "10"], [*paths, "elsewhere.jpg"])
+    source = annotations.read(file, "train", 10**8, missing="keep")
+    np.testing.assert_array_equal(source.objects, [[2, 1], [1, 0], [0, 0]])
+    config = get_config()
+    config.model.head, config.model.graph.by_occurrences = "gat", True
+    whole = build(config, source).cooccurrence
+    np.testing.assert_allclose(whole, [[0, 1 / 3], [1, 0]])
+    part = build(config, source.take([1, 0])).cooccurrence
+    np.testing.assert_array_equal(part, whole)
+    np.testing.assert_array_equal(build(config, source.take([1])).cooccurrence, 0)
 
 
 def test_adjacency_file(tmp_path):
@@ -199,7 +189,9 @@ def test_build_names_what_does_not_fit():
     config, source = (
         get_config(),
         SimpleNamespace(
-            class_names=["a", "b"], labels=np.array([[1, 0], [1, 1]], np.int8), names=[]
+            class_names=["a", "b"],
+            labels=np.array([[1, 0], [1, 1]], np.int8),
+            objects=None,
         ),
     )
     assert build(config, source) is None  # a head without a graph
@@ -208,7 +200,7 @@ def test_build_names_what_does_not_fit():
     np.testing.assert_array_equal(graph.cooccurrence, [[0, 0.5], [1, 0]])
     assert "random" in graph.notes[0]
     config.data.name, config.model.graph.by_occurrences = "tfds", True
-    with pytest.raises(UserError, match="by_occurrences needs data.name"):
+    with pytest.raises(UserError, match="by_occurrences: data.name = .tfds. does not"):
         build(config, source)
 
 

@@ -19,6 +19,8 @@ def _load(module: str, data_config: ConfigDict, seed: int) -> "Sources":
 
     load = importlib.import_module(f"mljax.data.{module}").load
     sources = load(data_config, seed)
+    if data_config.drop_unlabelled:
+        sources = {name: split.labelled(source) for name, source in sources.items()}
     train, holdout = sources["train"], None
     if data_config.holdout:
         train, holdout = split.carve(train, data_config.holdout, seed)
@@ -27,6 +29,12 @@ def _load(module: str, data_config: ConfigDict, seed: int) -> "Sources":
 
 DATASETS = {
     "annotations": functools.partial(_load, "annotations"),
+    "coco": functools.partial(_load, "coco"),
+    "voc": functools.partial(_load, "voc"),
+    "table": functools.partial(_load, "table"),
+    "nuswide": functools.partial(_load, "nuswide"),
+    "vg500": functools.partial(_load, "vg500"),
     "shapes": functools.partial(_load, "shapes"),
+    "shards": functools.partial(_load, "shards"),
     "tfds": functools.partial(_load, "tfds"),
 }

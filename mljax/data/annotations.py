@@ -12,17 +12,13 @@ looked" rather than "not there". Classes are all strings (sorted by name) or all
 integers (sorted by value), and the same in both files.
 """
 
-import hashlib
-import json
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
-from mljax.data.decode import decode
+from mljax.data import files
 from mljax.data.source import Source
 from mljax.errors import UserError
 
@@ -34,81 +30,44 @@ def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     their classes.
     """
     del seed
+    missing = files.missing_policy(data_config)
     sources = {}
     for split in ("train", "val"):
         path = os.path.join(data_config.root, data_config[split])
-        sources[split] = read(path, split, data_config.max_pixels)
-    train, val = sources["train"].class_names, sources["val"].class_names
-    if train != val:
-        only = sorted(set(train) ^ set(val))
-        where = data_config.train if only[0] in train else data_config.val
-        raise UserError(
-            f"{data_config.train} and {data_config.val} differ in their classes "
-            f"({len(only)} are in one only, such as {only[0]!r} in {where}): list the "
-            "same classes in both"
-        )
+        sources[split] = read(path, split, data_config.max_pixels, missing)
+    files.check_same_classes(data_config, sources)
     return sources
 
 
-def read(path: str | os.PathLike, split: str, max_pixels: int) -> Source:
-    """One annotation file as a source. Raises UserError, see the top of this file."""
+def read(
+    path: str | os.PathLike, split: str, max_pixels: int, missing: str = "stop"
+) -> Source:
+    """One annotation file as a source; `missing` as in `files.from_files`.
+
+    Raises UserError, see the top of this file.
+    """
     path = os.fspath(path)
     classes, images = _parse(path)
-    labels = _labels(path, classes, images)
+    labels, objects = _labels(path, classes, images)
     names = [image[0] for image in images]
-    files = [os.path.join(os.path.dirname(path), name) for name in names]
-    _check_files(path, names, files)
-    encoded = tf.constant([os.fsencode(file) for file in files])
-
-    def read_image(index: tf.Tensor) -> tf.Tensor:
-        return decode(tf.io.read_file(tf.gather(encoded, index)), max_pixels)
-
-    return Source(
+    folder = os.path.dirname(path)
+    return files.from_files(
+        path,
         class_names=[str(c) for c in classes],
         labels=labels,
-        names=files,
-        read=read_image,
+        names=names,
+        files=[os.path.join(folder, name) for name in names],
         split=split,
-        content=lambda: content_keys(files),
+        max_pixels=max_pixels,
+        missing=missing,
+        folder=folder,
+        objects=objects,
     )
-
-
-def content_keys(files: list[str]) -> list[str]:
-    """For each file a key that is the same for files with the same bytes.
-
-    Only files that share their size with another are read. A missing file counts as
-    different from all.
-    """
-    sizes = [os.path.getsize(f) if os.path.exists(f) else -1 for f in files]
-    count = Counter(sizes)
-
-    def key(i: int) -> str:
-        if sizes[i] < 0 or count[sizes[i]] == 1:
-            return f"{sizes[i]} {files[i]}"
-        try:
-            with open(files[i], "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return files[i]
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(key, range(len(files))))
 
 
 def _parse(path: str) -> tuple[list, list]:
     """The sorted classes and the images of a file, with every form checked."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such annotation file; set data.root to its folder"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error})") from None
-
+    content = files.read_json(path, "set data.root to the folder of annotation files")
     if not isinstance(content, dict) or not {"classes", "images"} <= content.keys():
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(
@@ -126,8 +85,8 @@ def _parse(path: str) -> tuple[list, list]:
     repeated = [c for c, n in Counter(classes).items() if n > 1]
     if repeated:
         raise UserError(
-            f"{path}: class {repeated[0]!r} is listed more than once in 'classes' "
-            f"({len(repeated)} such classes): list each once"
+            f"{path}: class {files.quoted(repeated[0])} is listed more than once in "
+            f"'classes' ({len(repeated)} such classes): list each once"
         )
     if not isinstance(images, list) or not images:
         raise UserError(f"{path}: 'images' must be a list of at least one image")
@@ -135,7 +94,7 @@ def _parse(path: str) -> tuple[list, list]:
         if not _is_entry(image):
             raise UserError(
                 f'{path}: image {position} must be ["path", [labels]] or ["path", '
-                f"[labels], [unknown labels]], found {json.dumps(image)[:100]}"
+                f"[labels], [unknown labels]], found {files.shown(image)}"
             )
     return sorted(classes), images
 
@@ -149,50 +108,28 @@ def _is_entry(image: object) -> bool:
     )
 
 
-def _labels(path: str, classes: list, images: list) -> np.ndarray:
-    """int8 [num_images, num_classes]: 1 in the second list, -1 in the third, else 0."""
+def _labels(path: str, classes: list, images: list) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int8 [num_images, num_classes]: 1 in the second list, -1 in the third,
+    else 0; and how often each stands in the second, uint16 of that shape."""
     # The type is part of the key: to Python, True and 1.0 equal the integer 1.
     column = {(type(c), c): i for i, c in enumerate(classes)}
     labels = np.zeros((len(images), len(classes)), np.int8)
+    objects = np.zeros(labels.shape, np.uint16)
     wrong = []
     for row, image in enumerate(images):
         # Positives last: they win over unknown.
         for value, listed in ((-1, image[2] if len(image) == 3 else []), (1, image[1])):
             for label in listed:
                 try:
-                    labels[row, column[type(label), label]] = value
+                    place = row, column[type(label), label]
+                    labels[place] = value
+                    objects[place] += value == 1
                 except (KeyError, TypeError):  # TypeError: a list or an object
                     wrong.append((label, image[0]))
     if wrong:
         label, name = wrong[0]
         raise UserError(
-            f"{path}: label {json.dumps(label)[:100]} of image {name!r} is not in "
-            f"'classes' ({len(wrong)} such labels): add it there or correct it"
+            f"{path}: label {files.shown(label)} of image {files.quoted(name)} is not "
+            f"in 'classes' ({len(wrong)} such labels): add it there or correct it"
         )
-    return labels
-
-
-def _check_files(path: str, names: list[str], files: list[str]) -> None:
-    # One listing a folder: asking for every file takes minutes on a network disk.
-    present: dict[str, set[str]] = {}
-    missing = []
-    for name, file in zip(names, files, strict=True):
-        folder, base = os.path.split(file)
-        if folder not in present:
-            present[folder] = _list_files(folder)
-        # A listing can spell a name otherwise than the file system takes it (macOS).
-        if base not in present[folder] and not os.path.isfile(file):
-            missing.append(name)
-    if missing:
-        raise UserError(
-            f"{path}: image file {missing[0]!r} is missing ({len(missing)} of "
-            f"{len(names)} are); paths are relative to {os.path.dirname(path) or '.'}"
-        )
-
-
-def _list_files(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):
-        return set()
+    return labels, objects

@@ -6,12 +6,14 @@ says. The size is read from the header before anything is decoded, so that a
 decompression bomb costs nothing. A truncated file is an error, never a grey area.
 """
 
+import re
+
 import tensorflow as tf
 
 # A branch that is rarely taken, as one node of the graph. Written out in place its
 # hundreds of nodes are visited for every image, which costs as much as decoding a
 # small JPEG.
-_rare = tf.function(autograph=False, experimental_attributes={"_noinline": True})
+rare = tf.function(autograph=False, experimental_attributes={"_noinline": True})
 
 _MAX_TIFF_ENTRIES = 256  # more than any camera writes
 
@@ -33,12 +35,35 @@ def decode(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
             large or of another format.
     """
     image = tf.cond(
-        _text(data, 0, 3) == b"\xff\xd8\xff",
+        is_jpeg(data),
         lambda: _decode_jpeg(data, max_pixels),
         lambda: _decode_other(data, max_pixels),
     )
     image.set_shape([None, None, 3])
     return image
+
+
+def is_jpeg(data: tf.Tensor) -> tf.Tensor:
+    """Whether a file, string scalar, says that it is a JPEG."""
+    return _text(data, 0, 3) == b"\xff\xd8\xff"
+
+
+def jpeg_size(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
+    """[height, width] of a JPEG as it is stored, int32. Errors as in `decode`."""
+    size = tf.io.extract_jpeg_shape(data)[:2]
+    with tf.control_dependencies([_check_size(size[0], size[1], max_pixels)]):
+        return tf.identity(size)
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """Why an image could not be read, on one line: what TensorFlow says of the file,
+    without where in its graph."""
+    message = re.sub(r"\{\{[^}]*\}\}|\[\[.*?\]\]|\[Op:\w+\]", "", error.message)
+    if asserted := re.search(r"assertion failed: \[(.*?)\]", message):
+        return " ".join(asserted.group(1).split())
+    graph = ("Graph execution error", "Detected at node", "File ")
+    lines = (line.strip() for line in message.splitlines())
+    return " ".join(" ".join(x for x in lines if not x.startswith(graph)).split())
 
 
 def exif_orientation(data: tf.Tensor) -> tf.Tensor:
@@ -47,13 +72,21 @@ def exif_orientation(data: tf.Tensor) -> tf.Tensor:
     `data` is a string scalar. Tag 0x0112 of the first directory (Exif 2.3, section
     4.6.4), in the first segment that holds Exif data.
     """
-    # A look at the text first: most files say nothing, and the search is slow.
-    has_exif = tf.strings.regex_full_match(_text(data, 0, 2**17), r"\C*Exif\x00\x00\C*")
+    # A look at the text first: most files say nothing, and the search is slow. Most
+    # also have their frame header near the start (length 11, 17 or 20, 8 bits), and
+    # Exif comes before that.
+    exif, frame = r"\C*Exif\x00\x00\C*", r"\C*\x00[\x0b\x11\x14]\x08\C*"
+    start = _text(data, 0, 2**11)
+    has_exif = tf.strings.regex_full_match(start, exif) | tf.cond(
+        tf.strings.regex_full_match(start, frame),
+        lambda: tf.constant(False),
+        lambda: tf.strings.regex_full_match(_text(data, 0, 2**17), exif),
+    )
     one = tf.constant(1, tf.int64)
     return tf.cond(has_exif, lambda: _find_orientation(data), lambda: one)
 
 
-@_rare
+@rare
 def _find_orientation(data: tf.Tensor) -> tf.Tensor:
     # A JPEG file is a list of segments: 0xFF, marker, length in two bytes (counting
     # itself), content. Exif stands in an APP1 segment (0xE1) before the first frame
@@ -100,17 +133,16 @@ def _tiff_orientation(data: tf.Tensor, tiff: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_jpeg(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
-    shape = tf.io.extract_jpeg_shape(data)
-    with tf.control_dependencies([_check_size(shape[0], shape[1], max_pixels)]):
+    with tf.control_dependencies([jpeg_size(data, max_pixels)]):
         # INTEGER_ACCURATE gives the pixels that PIL gives; TensorFlow's default
         # differs by up to 2 and is no faster.
         image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
     orientation = exif_orientation(data)
-    return tf.cond(orientation > 1, lambda: _turn(image, orientation), lambda: image)
+    return tf.cond(orientation > 1, lambda: turn(image, orientation), lambda: image)
 
 
-@_rare
-def _turn(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+@rare
+def turn(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     """Undoes an EXIF orientation; 5 to 8 are 1 to 4 of the transposed picture."""
     image = tf.cond(
         orientation >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image
@@ -121,7 +153,7 @@ def _turn(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.Reverse(tensor=image, dims=dims)
 
 
-@_rare
+@rare
 def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
     head = _bytes(data, 0, 34)
 
@@ -145,7 +177,9 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
         return _decode_webp(sized(*_webp_size(head)), head)
 
     def unknown() -> tf.Tensor:
-        refuse = _require(False, "not a JPEG, PNG, GIF, BMP or WebP file")
+        is_empty = tf.strings.length(data) == 0
+        other = "not a JPEG, PNG, GIF, BMP or WebP file"
+        refuse = _require(False, tf.where(is_empty, "the file is empty", other))
         with tf.control_dependencies([refuse]):
             return tf.zeros([1, 1, 3], tf.uint8)
 

@@ -1,26 +1,38 @@
 """Batches as a function of (seed, step): index, read, decode, resize, batch.
 
-Which images a step sees, and in which order, follows from (seed, step) alone. So a
-run resumes from one integer, on any number of hosts, and an image that cannot be
-read changes nothing but its own row. uint8 leaves this room; normalising and the
-flip belong to the device.
+Which images a step sees, in which order, and the random numbers of each row follow
+from (seed, step) alone. So a run resumes from one integer, on any number of hosts, and
+an image that cannot be read changes nothing but its own row. uint8 leaves this room;
+what is cheap there happens on the device (`augment`).
 """
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from mljax.data import decode, fit, order, randaugment
+from mljax.data.order import permutation
 from mljax.data.source import Source
 from mljax.errors import UserError
+from mljax.images import sides_of
+
+__all__ = ["eval_batches", "permutation", "steps_per_epoch", "train_batches"]
 
 Batch = dict[str, np.ndarray]
 
 _PADDING = -1  # the index of a row that holds no image
+
+
+class Rows(NamedTuple):
+    """This process's rows of a step: images int64 [b]; random, float32 [b, n]."""
+
+    images: np.ndarray
+    draws: np.ndarray
 
 
 def train_batches(
@@ -35,22 +47,21 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Endless training batches, from step `start_step` on.
 
-    Every epoch is a new permutation of the images; its last incomplete batch is
-    dropped. Process p of n gets rows p * b to (p + 1) * b of each global batch, with
-    b = batch_size / n.
+    Every epoch is a new permutation of the images (or what `data.sampling` says); its
+    last incomplete batch is dropped. Process p of n gets rows p * b to (p + 1) * b of
+    each global batch, with b = batch_size / n.
 
     Args:
         source: the images.
-        data_config: `config.data`; image_size, antialias, on_error and prefetch are
-            read.
+        data_config: `config.data`.
         batch_size: images in a step, over all processes.
-        seed: of the order.
+        seed: of the order and the augmentation.
         start_step: the first step to give; any step starts equally fast.
         process_index: this process.
         process_count: number of processes; divides batch_size.
 
     Returns:
-        An iterator of {"image": uint8 [b, size, size, 3], "labels": int8
+        An iterator of {"image": uint8 [b, height, width, 3], "labels": int8
         [b, num_classes], "index": int64 [b] (row of the source), "ok": bool [b]}. With
         on_error "skip" an unreadable image has a black picture, labels -1, ok False.
 
@@ -62,14 +73,20 @@ def train_batches(
     part = _rows_of_process(batch_size, process_index, process_count)
 
     @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
+    def images_of(epoch: int) -> np.ndarray:
+        if data_config.sampling == "class_aware":
+            return order.class_aware(source.labels, seed, epoch)
         return permutation(len(source), seed, epoch)
 
-    def rows(step: int) -> np.ndarray:
-        epoch, step = divmod(step, per_epoch)
-        return order(epoch)[step * batch_size : (step + 1) * batch_size][part]
+    count = fit.NUM_DRAWS + randaugment.DRAWS * data_config.randaugment.n
 
-    return _stream(source, rows, start_step, None, data_config)
+    def rows(step: int) -> Rows:
+        epoch, inside = divmod(step, per_epoch)
+        index = images_of(epoch)[inside * batch_size : (inside + 1) * batch_size]
+        draws = order.draws(seed, step, batch_size, count)[part]
+        return Rows(index[part], fit.shape_crops(draws, data_config))
+
+    return _stream(source, rows, start_step, None, data_config, train=True)
 
 
 def eval_batches(
@@ -89,11 +106,12 @@ def eval_batches(
     part = _rows_of_process(batch_size, process_index, process_count)
     num_batches = -(-len(source) // batch_size)
 
-    def rows(step: int) -> np.ndarray:
+    def rows(step: int) -> Rows:
         index = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-        return np.where(index < len(source), index, _PADDING)
+        index = np.where(index < len(source), index, _PADDING)
+        return Rows(index, np.zeros((len(index), 0), np.float32))
 
-    for batch in _stream(source, rows, 0, num_batches, data_config):
+    for batch in _stream(source, rows, 0, num_batches, data_config, train=False):
         yield batch | {"mask": batch["index"] != _PADDING}
 
 
@@ -107,12 +125,6 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
-def permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the images in an epoch, int64 [num_images]."""
-    key = np.array([seed % 2**64, epoch], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).permutation(num_images)
-
-
 def _rows_of_process(batch_size: int, index: int, count: int) -> slice:
     if batch_size % count or not 0 <= index < count:
         raise ValueError(
@@ -124,12 +136,13 @@ def _rows_of_process(batch_size: int, index: int, count: int) -> slice:
 
 def _stream(
     source: Source,
-    rows: Callable[[int], np.ndarray],
+    rows: Callable[[int], Rows],
     start: int,
     stop: int | None,
     data_config: ConfigDict,
+    train: bool,
 ) -> Iterator[Batch]:
-    """Batches of steps start to stop; `rows(step)` gives the indices of a step.
+    """Batches of steps start to stop; `train`: with augmentation.
 
     TensorFlow says neither which image failed nor goes on in step after a failure. But
     the images of the step are known, so on a failure they are read one at a time, and
@@ -137,22 +150,23 @@ def _stream(
     """
     if data_config.on_error not in ("stop", "skip"):
         raise UserError(f"data.on_error={data_config.on_error!r}: choose stop or skip")
-    load = _loader(source, data_config)
+    load = _loader(source, data_config, train)
     unreadable: set[int] = set()
 
-    def readable_rows(step: int) -> np.ndarray:
-        index = rows(step)
-        return np.where(np.isin(index, list(unreadable)), _PADDING, index)
+    def readable_rows(step: int) -> Rows:
+        index, draws = rows(step)
+        index = np.where(np.isin(index, list(unreadable)), _PADDING, index)
+        return Rows(index, draws)
 
     step = start
     while stop is None or step < stop:
-        images = _images(load, readable_rows, step, stop, data_config.prefetch)
+        images = _images(load, readable_rows, step, stop, data_config)
         try:
             for image in images:
-                yield _batch(source, image, rows(step), unreadable)
+                yield _batch(source, image, rows(step).images, unreadable)
                 step += 1
         except tf.errors.OpError:
-            index = rows(step)
+            index = rows(step).images
             image, reasons = _one_by_one(load, readable_rows(step))
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
@@ -174,74 +188,103 @@ def _batch(
     return {"image": image, "labels": labels, "index": index, "ok": ok}
 
 
-def _loader(source: Source, data_config: ConfigDict) -> Callable:
-    """index (int64 scalar tensor) -> uint8 [size, size, 3]; black for `_PADDING`."""
-    size = data_config.image_size
+class _Loader(NamedTuple):
+    """The two halves of reading an image, so that more files than CPUs can be waited
+    for: (index) -> its bytes, or none where the source has no files; (index, bytes,
+    draws) -> uint8 [height, width, 3]."""
 
-    def read(index: tf.Tensor) -> tf.Tensor:
-        image = source.read(index)
-        is_sized = tf.reduce_all(tf.shape(image)[:2] == size)
-        return tf.cond(is_sized, lambda: image, lambda: resize(image))
+    fetch: Callable[[tf.Tensor], tf.Tensor]
+    prepare: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
-    def resize(image: tf.Tensor) -> tf.Tensor:
-        image = tf.image.resize(
-            image, [size, size], "bilinear", antialias=data_config.antialias
+    def __call__(self, index: int, draws: np.ndarray) -> np.ndarray:
+        return self.prepare(index, self.fetch(index), draws).numpy()
+
+
+def _loader(source: Source, data_config: ConfigDict, train: bool) -> _Loader:
+    """A padded row is black."""
+    black = np.zeros((*sides_of(data_config), 3), np.uint8)
+    ops = data_config.randaugment
+    prepare = fit.make_prepare(source, data_config, train)
+    index_spec = tf.TensorSpec([], tf.int64)
+    signature = [index_spec, tf.TensorSpec([], tf.string), tf.TensorSpec([None])]
+
+    @tf.function(autograph=False, input_signature=[index_spec])
+    def fetch(index: tf.Tensor) -> tf.Tensor:
+        if source.encoded is None:
+            return tf.constant(b"")
+        encoded = source.encoded
+        return tf.cond(index == _PADDING, lambda: b"", lambda: encoded(index))
+
+    def picture(index: tf.Tensor, data: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        image = prepare(index, data, draws)
+        if not train or not ops.n:
+            return image
+        draws = draws[fit.NUM_DRAWS :]
+        return randaugment.randaugment(image, draws, n=ops.n, m=ops.m, prob=ops.prob)
+
+    @tf.function(autograph=False, input_signature=signature)
+    def load(index: tf.Tensor, data: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+        image = tf.cond(
+            index == _PADDING, lambda: black, lambda: picture(index, data, draws)
         )
-        return tf.saturate_cast(tf.round(image), tf.uint8)
+        return tf.ensure_shape(image, black.shape)
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec([], tf.int64)])
-    def load(index: tf.Tensor) -> tf.Tensor:
-        black = tf.zeros([size, size, 3], tf.uint8)
-        image = tf.cond(index == _PADDING, lambda: black, lambda: read(index))
-        return tf.ensure_shape(image, [size, size, 3])
-
-    return load
+    return _Loader(fetch, load)
 
 
 def _images(
-    load: Callable,
-    rows: Callable[[int], np.ndarray],
+    load: _Loader,
+    rows: Callable[[int], Rows],
     start: int,
     stop: int | None,
-    prefetch: int,
+    data_config: ConfigDict,
 ) -> Iterator[np.ndarray]:
-    """The pictures of each step from `start` on, uint8 [b, size, size, 3]."""
-    batch_size = len(rows(start))
+    """The pictures of each step from `start` on, uint8 [b, height, width, 3]."""
+    first = rows(start)
+    batch_size, num_draws = first.draws.shape
     threads = num_cpus()
+    reads = data_config.parallel_reads or threads
 
-    def indices(step: tf.Tensor) -> tf.data.Dataset:
-        index = tf.numpy_function(rows, [step], tf.int64)
-        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(index, [batch_size]))
+    def of_step(step: tf.Tensor) -> tf.data.Dataset:
+        index, draws = tf.numpy_function(rows, [step], [tf.int64, tf.float32])
+        index = tf.ensure_shape(index, [batch_size])
+        draws = tf.ensure_shape(draws, [batch_size, num_draws])
+        return tf.data.Dataset.from_tensor_slices((index, draws))
 
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
     # Threads of its own: XLA's computation and the reading do not queue for each other.
-    options.threading.private_threadpool_size = threads
+    options.threading.private_threadpool_size = max(threads, reads)
     options.threading.max_intra_op_parallelism = 1
     images = tf.data.Dataset.range(start, 2**62 if stop is None else stop)
-    images = images.flat_map(indices).map(load, num_parallel_calls=threads)
-    images = images.batch(batch_size, drop_remainder=True).prefetch(prefetch)
-    return images.with_options(options).as_numpy_iterator()
+    images = images.flat_map(of_step)
+    if reads > threads:
+        images = images.map(
+            lambda index, draws: (index, load.fetch(index), draws),
+            num_parallel_calls=reads,
+        ).map(load.prepare, num_parallel_calls=threads)
+    else:
+        images = images.map(
+            lambda index, draws: load.prepare(index, load.fetch(index), draws),
+            num_parallel_calls=threads,
+        )
+    images = images.batch(batch_size, drop_remainder=True)
+    return (
+        images.prefetch(data_config.prefetch).with_options(options).as_numpy_iterator()
+    )
 
 
-def _one_by_one(load: Callable, index: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+def _one_by_one(load: _Loader, rows: Rows) -> tuple[np.ndarray, dict[int, str]]:
     """The pictures of a step, black where unreadable, and {index: reason} of those."""
     images, reasons = [], {}
-    for i in index:
+    for i, draws in zip(*rows, strict=True):
         try:
-            image = load(i)
+            image = load(i, draws)
         except tf.errors.OpError as error:
-            image, reasons[int(i)] = load(_PADDING), _reason(error)
-        images.append(image.numpy())
+            image, reasons[int(i)] = load(_PADDING, draws), decode.reason(error)
+        images.append(image)
     return np.stack(images), reasons
-
-
-def _reason(error: tf.errors.OpError) -> str:
-    """The part of TensorFlow's message that is about the file, on one line."""
-    message = re.sub(r"\{\{[^}]*\}\}|\[\[.*?\]\]|\[Op:\w+\]", "", error.message)
-    asserted = re.search(r"assertion failed: \[(.*?)\]", message)
-    return " ".join((asserted.group(1) if asserted else message).split())
 
 
 def num_cpus() -> int:

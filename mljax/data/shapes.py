@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from mljax.data.shapes_draw import HUES, KINDS, Shape, background, cover, disturb, draw
 from mljax.data.source import Source
 from mljax.errors import UserError
+from mljax.images import sides_of
 
 CLASS_NAMES = sorted([*KINDS, *HUES, "crowd", "overlap", "striped"])
 
@@ -47,7 +48,7 @@ def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
 def _source(data_config: ConfigDict, seed: int, split: str, count: int) -> Source:
     if count < 1:
         raise UserError(f"data.num_{split}={count}: shapes needs at least one picture")
-    size = min(data_config.image_size, _MAX_DRAWN)
+    size = min(*sides_of(data_config), _MAX_DRAWN)
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.zeros((count, len(CLASS_NAMES)), np.int8)
 

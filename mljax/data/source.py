@@ -25,6 +25,11 @@ class Source:
         split: "train", "val" or "holdout".
         content: gives one key per image; two images with the same content have the
             same key. None: all images differ.
+        encoded: int64 scalar tensor -> string scalar, the bytes of the image's file,
+            of which `read` gives the pixels. None where there is no file.
+        objects: uint16 [num_images, num_classes], how often a label stands in an image
+            (once an object), where the source tells; else None.
+        notes: what a person should know about what was read, a line each.
     """
 
     class_names: list[str]
@@ -33,6 +38,9 @@ class Source:
     read: Callable[[tf.Tensor], tf.Tensor]
     split: str
     content: Callable[[], Sequence[Hashable]] | None = None
+    encoded: Callable[[tf.Tensor], tf.Tensor] | None = None
+    objects: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,7 +53,8 @@ class Source:
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise ValueError(f"indices must be in [0, {len(self)})")
-        read, content = self.read, self.content
+        read, content, encoded = self.read, self.content, self.encoded
+        rows = tf.constant(indices)
 
         def taken() -> list[Hashable]:
             keys = content() if content else range(len(self))
@@ -55,9 +64,11 @@ class Source:
             self,
             labels=self.labels[indices],
             names=[self.names[i] for i in indices],
-            read=lambda i: read(tf.gather(tf.constant(indices), i)),
+            read=lambda i: read(tf.gather(rows, i)),
             split=split or self.split,
             content=taken,
+            encoded=encoded and (lambda i: encoded(tf.gather(rows, i))),
+            objects=None if self.objects is None else self.objects[indices],
         )
 
 

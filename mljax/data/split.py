@@ -1,6 +1,7 @@
-"""Holding out a part of the training images, to choose the best epoch on."""
+"""Parts of a source: held out to choose the best epoch on, or those with a label."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -8,6 +9,18 @@ from mljax.data.source import Source
 from mljax.errors import UserError
 
 _TAG = 0x5370_6C69_7400  # sets this use of the seed apart from the others
+
+
+def labelled(source: Source) -> Source:
+    """The images with at least one positive label, and a note on the others.
+
+    Raises UserError where there is none.
+    """
+    keep = np.flatnonzero((source.labels == 1).any(1))
+    if not len(keep):
+        raise UserError(f"data.drop_unlabelled: no image of {source.split} has a label")
+    note = f"{len(source) - len(keep)} of {len(source)} images have no label, left out"
+    return replace(source.take(keep), notes=(*source.notes, note))
 
 
 def carve(train: Source, fraction: float, seed: int) -> tuple[Source, Source]:

@@ -1,12 +1,19 @@
-"""TensorFlow Datasets: any builder with an image and a sequence of class labels.
+"""TensorFlow Datasets: any builder with an image and labels.
 
 `data.tfds_name` is the builder ("voc/2007", "coco/2014"), `data.root` the data
 directory of TFDS ("" for its own default), `data.train` and `data.val` are splits as
-TFDS writes them ("train+validation", "test[:50%]"). The labels are the first feature
-that is a sequence of class labels, or of objects with one: "labels" for VOC,
-"objects/label" for COCO; `data.tfds_labels` names another. With "labels_no_difficult"
-of VOC a class that shows only in objects marked difficult is unknown (-1), as in the
-VOC evaluation.
+TFDS writes them ("train+validation", "test[:50%]"). Of the features, labels can be
+
+    a sequence of class labels               "labels" of VOC
+    a sequence of objects with one each      "objects/label" of COCO
+    a group of truth values, one a class     "attributes" of celeb_a
+    a tensor of 0, 1 and -1 (unknown), one   any [num_classes] of integers or truth
+    number a class                           values; data.classes names the classes
+
+One called "label" or "labels" is taken, else the first that fits in this order;
+`data.tfds_labels` names another. With
+"labels_no_difficult" of VOC a class that shows only in objects marked difficult is
+unknown (-1), as in the VOC evaluation.
 
 A data set is read once from end to end at the start, and its encoded images are kept in
 memory: the files of TFDS give no access by index.
@@ -22,11 +29,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from mljax.data import files
 from mljax.data.decode import decode
 from mljax.data.source import Source
 from mljax.errors import UserError
 
 _MEMORY_SHARE = 1 / 3  # of the machine's memory, for encoded images
+_SEQUENCE, _GROUP, _TENSOR = "sequence", "group", "tensor"  # kinds of labels
 
 
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
@@ -56,7 +65,7 @@ def _read_split(
 ) -> Source:
     name, max_pixels = data_config.tfds_name, data_config.max_pixels
     image_key = _image_feature(name, builder.info.features)
-    label_key, class_names = _label_feature(name, data_config, builder.info.features)
+    label_key, kind, class_names = _label_feature(data_config, builder.info.features)
     unknown_key = "labels" if label_key == "labels_no_difficult" else None
     keys = [k for k in builder.info.features if k.endswith("filename")]
     name_key = keys[0] if keys else None
@@ -64,13 +73,20 @@ def _read_split(
     encoded: list[bytes] = []
     names: list[str] = []
     rows: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
     room = _memory() * _MEMORY_SHARE
     wanted = [k for k in (label_key, unknown_key, name_key) if k]
     for example in _examples(builder, data_config, split, image_key, wanted):
         row = np.zeros(len(class_names), np.int8)
         if unknown_key:
             row[_known(example, unknown_key)] = -1
-        row[_known(example, label_key)] = 1
+        if kind == _SEQUENCE:
+            found = _known(example, label_key)
+            row[found] = 1
+            if "/" in label_key:  # a label stands once an object
+                counts.append(np.bincount(found, minlength=len(row)).astype(np.uint16))
+        else:
+            row[:] = _values(name, len(names), label_key, kind, class_names, example)
         rows.append(row)
         names.append(
             example[name_key].decode() if name_key else f"{name} {split} {len(names)}"
@@ -94,8 +110,10 @@ def _read_split(
         labels=np.stack(rows)[:, order],
         names=names,
         read=lambda index: decode(tf.gather(tensor, index), max_pixels),
+        encoded=lambda index: tf.gather(tensor, index),
         split=split,
         content=lambda: [hashlib.sha256(e).digest() for e in tensor.numpy()],
+        objects=np.stack(counts)[:, order] if counts else None,
     )
 
 
@@ -142,39 +160,83 @@ def _image_feature(name: str, features: tfds.features.FeaturesDict) -> str:
 
 
 def _label_feature(
-    name: str, data_config: ConfigDict, features: tfds.features.FeaturesDict
-) -> tuple[str, list[str]]:
-    """The key of the labels and the class names."""
-    found = _label_features(features)
+    data_config: ConfigDict, features: tfds.features.FeaturesDict
+) -> tuple[str, str, list[str]]:
+    """Key and kind of the labels, and the class names."""
+    name, found = data_config.tfds_name, _label_features(features)
     if not found:
         raise UserError(
-            f"{name} has no sequence of class labels: choose another data.tfds_name"
+            f"{name} has no feature with several labels an image (it has "
+            f"{', '.join(features)}): choose another data.tfds_name"
         )
-    key = data_config.tfds_labels or next(iter(found))
+    called_so = [k for k in found if k.rpartition("/")[2] in ("label", "labels")]
+    key = data_config.tfds_labels or [*called_so, *found][0]
     if key not in found:
         raise UserError(
-            f"{name}: data.tfds_labels={key!r} is not one of its sequences of class "
-            f"labels ({', '.join(found)})"
+            f"{name}: data.tfds_labels={key!r} is not one of its features with labels "
+            f"({', '.join(found)})"
         )
-    return key, found[key].names
+    kind, class_names = found[key]
+    if data_config.classes:
+        file = os.path.join(data_config.root, data_config.classes)
+        listed = files.class_names_of(file)
+        if kind != _TENSOR or len(listed) != len(class_names):
+            raise UserError(
+                f"{file} (data.classes): has {len(listed)} names, the "
+                f"feature {key!r} of {name} has {len(class_names)} classes"
+                + (", with names of their own" if kind != _TENSOR else "")
+            )
+        class_names = listed
+    return key, kind, class_names
 
 
 def _label_features(
     features: tfds.features.FeaturesDict,
-) -> dict[str, tfds.features.ClassLabel]:
-    """Every sequence of class labels by key; last those in objects: "objects/label"."""
-    found, in_objects = {}, {}
+) -> dict[str, tuple[str, list[str]]]:
+    """Key -> (kind, class names) of every feature that can be labels, in the order of
+    the list at the top."""
+    found, in_objects, groups, tensors = {}, {}, {}, {}
     for key, feature in features.items():
-        if not isinstance(feature, tfds.features.Sequence):
-            continue
-        inner = feature.feature
-        if isinstance(inner, tfds.features.ClassLabel):
-            found[key] = inner
-        elif isinstance(inner, tfds.features.FeaturesDict):
-            for part, label in inner.items():
-                if isinstance(label, tfds.features.ClassLabel):
-                    in_objects[f"{key}/{part}"] = label
-    return found | in_objects
+        if isinstance(feature, tfds.features.Sequence):
+            inner = feature.feature
+            if isinstance(inner, tfds.features.ClassLabel):
+                found[key] = _SEQUENCE, inner.names
+            elif isinstance(inner, tfds.features.FeaturesDict):
+                for part, label in inner.items():
+                    if isinstance(label, tfds.features.ClassLabel):
+                        in_objects[f"{key}/{part}"] = _SEQUENCE, label.names
+        elif isinstance(feature, tfds.features.FeaturesDict):
+            parts = feature.items()
+            if parts and all(
+                p.np_dtype == np.bool_ and p.shape == () for _, p in parts
+            ):
+                groups[key] = _GROUP, list(feature)
+        elif type(feature) is tfds.features.Tensor and len(feature.shape) == 1:
+            is_whole = np.issubdtype(feature.np_dtype, np.integer)
+            count = feature.shape[0]
+            if count and (is_whole or feature.np_dtype == np.bool_):
+                tensors[key] = _TENSOR, [str(i) for i in range(count)]
+    return found | in_objects | groups | tensors
+
+
+def _values(
+    name: str,
+    place: int,
+    key: str,
+    kind: str,
+    class_names: list[str],
+    example: dict[str, Any],
+) -> np.ndarray:
+    """The labels of an example that has a number for each class: [num_classes]."""
+    if kind == _GROUP:
+        return np.array([example[key][c] for c in class_names])
+    values = np.asarray(example[key])
+    if wrong := set(np.unique(values).tolist()) - {0, 1, -1}:
+        raise UserError(
+            f"{name}: feature {key!r} of example {place} must hold 0, 1 and -1 "
+            f"(unknown), found {min(wrong)}: name another with data.tfds_labels"
+        )
+    return values
 
 
 def _known(example: dict[str, Any], key: str) -> np.ndarray:

@@ -1,0 +1,167 @@
+"""Which values a setting may have; the sources of data that a setting belongs to."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    return all(isinstance(side, int) and side >= 16 for side in sides)
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_span(text: str) -> bool:
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    return found is not None and 0 < int(found[1]) <= int(found[2])
+
+
+def _one_of(*choices: str) -> Rule:
+    return lambda v: v in choices, "one of " + ", ".join(choices)
+
+
+_POSITIVE: Rule = (lambda v: 0 < v < math.inf, "above 0")
+_AT_LEAST_0: Rule = (lambda v: 0 <= v < math.inf, "0 or more")
+_SHARE: Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
+_POSITIVE_SHARE: Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
+_BELOW_1: Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_AXIS: Rule = (lambda v: v == -1 or v > 0, "-1 or above 0")
+
+FILE_SOURCES = ("annotations", "coco", "voc", "table", "nuswide", "vg500")
+_IMAGE_FOLDERS = ("coco", "voc", "table", "nuswide", "vg500")
+# Settings of some sources only.
+BELONGS_TO = {
+    "train_images": _IMAGE_FOLDERS,
+    "val_images": _IMAGE_FOLDERS,
+    "classes": ("voc", "table", "vg500", "tfds"),
+    "difficult": ("voc",),
+    "drop_missing": FILE_SOURCES,
+    "tfds_name": ("tfds",),
+    "tfds_labels": ("tfds",),
+}
+
+SIZES = ("data.image_size",)
+_SIZE: Rule = (_is_size, "at least 16 (pixels), one number or height,width")
+
+# Names of backbones, heads, losses and data sets are checked where they are looked up.
+RULES: dict[str, Rule] = {
+    "init_from": (
+        lambda v: v[:5] != "hf://" or bool(re.fullmatch(r"hf://[^/]+/[^/]+", v)),
+        "a path, or hf://OWNER/NAME like hf://timm/tf_efficientnetv2_s.in21k",
+    ),
+    "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
+    "epochs": _POSITIVE,
+    "batch_size": _POSITIVE,
+    "dtype": _one_of("float32", "bfloat16"),
+    "published_mAP": (lambda v: v == -1 or 0 <= v <= 100, "0 to 100 (percent), or -1"),
+    "profile": (
+        lambda v: not v or _is_span(v),
+        "the first and the last step, like 20:25",
+    ),
+    "data.difficult": _one_of("positive", "ignored", "negative"),
+    "data.table.empty": _one_of("absent", "unknown"),
+    "data.table.separator": (lambda v: bool(v), "a text"),
+    "data.table.delimiter": _one_of(",", ";", "tab"),
+    "data.num_train": _AT_LEAST_0,
+    "data.num_val": _AT_LEAST_0,
+    "data.image_size": _SIZE,
+    "data.fit": _one_of("stretch", "letterbox", "crop"),
+    "data.resize": _one_of("bilinear", "area"),
+    "data.scaled_decode": (lambda v: v == 0 or 1 <= v < math.inf, "0, or 1 or more"),
+    "data.sampling": _one_of("uniform", "class_aware"),
+    "data.crop_area": _POSITIVE_SHARE,
+    "data.crop_ratio": (lambda v: 1 <= v < math.inf, "1 or more"),
+    "data.randaugment.n": _AT_LEAST_0,
+    "data.randaugment.m": (lambda v: 0 <= v <= 9, "0 (drawn) to 9"),
+    "data.randaugment.prob": _POSITIVE_SHARE,
+    "data.jitter.brightness": _SHARE,
+    "data.jitter.contrast": _SHARE,
+    "data.jitter.saturation": _SHARE,
+    "data.jitter.hue": (lambda v: 0 <= v <= 0.5, "between 0 and 0.5 (turns)"),
+    "data.cutout": _SHARE,
+    "data.cutout_side": _POSITIVE_SHARE,
+    "data.flip": _SHARE,
+    "data.mixup_alpha": _AT_LEAST_0,
+    "data.cutmix_alpha": _AT_LEAST_0,
+    "data.mixup_prob": _POSITIVE_SHARE,
+    "data.mixup_switch_prob": _SHARE,
+    "data.holdout": _BELOW_1,
+    "data.on_error": _one_of("stop", "skip"),
+    "data.max_pixels": _POSITIVE,
+    "data.prefetch": _POSITIVE,
+    "data.parallel_reads": _AT_LEAST_0,
+    "model.pool": _one_of("avg", "max", "avg+max"),
+    "model.dropout": _BELOW_1,
+    "model.drop_path": _BELOW_1,
+    "model.batch_norm_groups": _POSITIVE,
+    "model.ml_decoder.groups": _AT_LEAST_0,
+    "model.ml_decoder.dim": _POSITIVE,
+    "model.ml_decoder.heads": _POSITIVE,
+    "model.ml_decoder.feedforward": _POSITIVE,
+    "model.ml_decoder.dropout": _BELOW_1,
+    "model.query2label.dim": (lambda v: v > 0 and v % 4 == 0, "a multiple of 4"),
+    "model.query2label.heads": _POSITIVE,
+    "model.query2label.feedforward": _POSITIVE,
+    "model.query2label.encoder_layers": _AT_LEAST_0,
+    "model.query2label.decoder_layers": _POSITIVE,
+    "model.query2label.dropout": _BELOW_1,
+    "model.csra.heads": (lambda v: v in (1, 2, 4, 6, 8), "one of 1, 2, 4, 6, 8"),
+    "model.csra.residual": _AT_LEAST_0,
+    "model.graph.tau": _POSITIVE_SHARE,
+    "model.graph.rho": _AT_LEAST_0,
+    "model.graph.embedding_dim": _POSITIVE,
+    "model.graph.embedding_std": _POSITIVE,
+    "model.graph.hidden_dim_scale": _POSITIVE,
+    "model.graph.attention_dropout": _BELOW_1,
+    "loss.reduction": _one_of("sum", "mean"),
+    "loss.label_smoothing": _BELOW_1,
+    "loss.focal.gamma": _AT_LEAST_0,
+    "loss.asl.gamma_neg": _AT_LEAST_0,
+    "loss.asl.gamma_pos": _AT_LEAST_0,
+    "loss.asl.probability_margin": _BELOW_1,
+    "loss.asl.eps": _AT_LEAST_0,
+    "loss.aam.scale": _POSITIVE,
+    "loss.aam.margin": (lambda v: -1 <= v <= 1, "between -1 and 1"),
+    "loss.aam.k": _SHARE,
+    "loss.aam.gamma_neg": _AT_LEAST_0,
+    "loss.aam.gamma_pos": _AT_LEAST_0,
+    "loss.aam.probability_margin": _BELOW_1,
+    "optim.name": _one_of("sgd", "adamw", "lamb"),
+    "optim.lr": _POSITIVE,
+    "optim.lr_reference_batch": _AT_LEAST_0,
+    "optim.weight_decay": _AT_LEAST_0,
+    "optim.momentum": _BELOW_1,
+    "optim.b1": _BELOW_1,
+    "optim.b2": _BELOW_1,
+    "optim.eps": _POSITIVE,
+    "optim.bias_lr_factor": _AT_LEAST_0,
+    "optim.clip_norm": _AT_LEAST_0,
+    "optim.freeze_epochs": _AT_LEAST_0,
+    "optim.backbone_lr_factor": _POSITIVE,
+    "optim.layer_decay": _POSITIVE_SHARE,
+    "optim.accumulate": _POSITIVE,
+    "optim.schedule": _one_of("one_cycle", "cosine", "constant"),
+    "optim.pct_start": _SHARE,
+    "optim.div_factor": _POSITIVE,
+    "optim.final_div_factor": _POSITIVE,
+    "sam.rho": _AT_LEAST_0,
+    "sam.groups": _POSITIVE,
+    "sam.update_stats": _one_of("both", "first"),
+    "ema.decay": _BELOW_1,
+    "ema.half_life": _AT_LEAST_0,
+    "mutual.weight": _AT_LEAST_0,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "hosts.start_timeout": _POSITIVE,
+    "hosts.heartbeat_timeout": (lambda v: v >= 5, "at least 5 (seconds)"),
+    "train.log_every": _POSITIVE,
+    "train.eval_every": _POSITIVE,
+    "train.checkpoint_every": _AT_LEAST_0,
+    "train.max_bad_steps": _POSITIVE,
+    "train.patience": _AT_LEAST_0,
+    "train.warmup_epochs": _AT_LEAST_0,
+    "eval.batch_size": _POSITIVE,
+}

@@ -1,0 +1,275 @@
+"""Any data set as shards: `python -m mljax.data.shard --config ... --output DIR`.
+
+Writes the images of train and val, as they are, into files of `--images-per-shard`
+images each, and beside them the labels, label embeddings and co-occurrences; see
+`mljax.data.shards`, which reads them. Stopped, the same command goes on: finished
+shards are kept, a half-written one (`....part`) is written again.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mljax import main as program
+from mljax.errors import UserError
+
+if TYPE_CHECKING:
+    from mljax.data.source import Source
+
+IMAGES = 1024
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = program.make_parser(
+        "python -m mljax.data.shard", "Write a data set as sharded records."
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a folder, or gs://..."
+    )
+    parser.add_argument(
+        "--images-per-shard", type=int, default=IMAGES, help=f"default: {IMAGES}"
+    )
+    return program.parse_with(parser, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the shards of a config's data set.
+
+    Raises:
+        UserError: the data cannot be read, or the folder holds something else.
+    """
+    config = program.read_config(args)
+    if args.images_per_shard < 1:
+        raise UserError(f"--images-per-shard={args.images_per_shard}: must be above 0")
+    # Imported late: TensorFlow takes seconds, and a typing mistake is answered at once.
+    from mljax.data import shards
+
+    sources = _load(config)
+    plan = _plan(sources, args.images_per_shard)
+    _open(args.output, plan)
+    if shards.read_json(args.output, shards.ABOUT) is not None:
+        print(f"{args.output}: is complete already")
+        return
+    unreadable: list[str] = []
+    for split, source in sources.items():
+        names = plan["splits"][split]
+        for number, name in enumerate(names):
+            first = number * args.images_per_shard
+            rows = range(first, min(first + args.images_per_shard, len(source)))
+            if not shards.read_json(args.output, f"{name}.json"):
+                _write_shard(args.output, name, source, rows, config, unreadable)
+            _progress(f"{split} {number + 1}/{len(names)}", number + 1 == len(names))
+        _write_table(args.output, split, source, names)
+    _write_graph(args.output, config, sources["train"])
+    about = {"class_names": sources["train"].class_names, "splits": plan["splits"]}
+    _write_json(args.output, shards.ABOUT, {"format": shards.FORMAT, **about})
+    for split, source in sources.items():
+        print(f"{split}: {len(source)} images in {len(plan['splits'][split])} shards")
+    if unreadable:
+        print(f"{len(unreadable)} cannot be read and stay so: {unreadable[0]} ...")
+    print(f"use them: --config.data.name=shards --config.data.root={args.output}")
+
+
+def _load(config: ConfigDict) -> dict[str, "Source"]:
+    from mljax.data import DATASETS
+    from mljax.run import check_names
+
+    check_names(config)
+    data = config.data
+    data.holdout = 0.0  # all of train: what is held out is the run's affair
+    found = DATASETS[data.name](data, config.seed)
+    return {"train": found.train, "val": found.val}
+
+
+def _plan(sources: dict[str, "Source"], size: int) -> dict[str, Any]:
+    """The files to come, and a key that is another for other images or labels."""
+    from mljax.data import shards
+
+    digest = hashlib.sha256(f"{shards.FORMAT} {size}".encode())
+    splits = {}
+    for split, source in sources.items():
+        digest.update(json.dumps([source.class_names, source.names]).encode())
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        count = -(-len(source) // size)
+        splits[split] = [f"{split}-{i:05}-of-{count:05}.tfrecord" for i in range(count)]
+    return {"format": shards.FORMAT, "key": digest.hexdigest(), "splits": splits}
+
+
+def _open(root: str, plan: dict[str, Any]) -> None:
+    """Makes the folder, or checks that it belongs to the same plan."""
+    import tensorflow as tf
+
+    from mljax.data import shards
+
+    found = shards.read_json(root, shards.PLAN)
+    if found == plan:
+        return
+    if found is not None:
+        raise UserError(
+            f"--output {root}: holds shards of other images, labels or sizes; name "
+            "another folder"
+        )
+    if tf.io.gfile.exists(root) and tf.io.gfile.listdir(root):
+        raise UserError(f"--output {root}: is not empty; name a new or empty folder")
+    try:
+        tf.io.gfile.makedirs(root)
+        _write_json(root, shards.PLAN, plan)
+    except tf.errors.OpError as error:
+        raise UserError(f"--output {root}: {error.message}") from None
+
+
+def _write_shard(
+    root: str,
+    name: str,
+    source: "Source",
+    rows: range,
+    config: ConfigDict,
+    unreadable: list[str],
+) -> None:
+    """One file of records, and NAME.json: where each starts, its length and hash."""
+    import tensorflow as tf
+
+    from mljax.data import shards
+
+    part = shards.join(root, f"{name}.part")
+    starts, lengths, keys, at = [], [], [], 0
+    with tf.io.TFRecordWriter(part) as writer:
+        for row, data in zip(
+            rows, _read(source, rows, config, unreadable), strict=True
+        ):
+            record = _example(source, row, data)
+            writer.write(record)
+            starts.append(at)
+            lengths.append(len(record))
+            # What cannot be read is like nothing else.
+            key = data or b"unreadable " + source.names[row].encode(errors="replace")
+            keys.append(hashlib.sha256(key).hexdigest())
+            at += len(record) + shards.RECORD_OVERHEAD
+    tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
+    _write_json(
+        root, f"{name}.json", {"start": starts, "length": lengths, "content": keys}
+    )
+
+
+def _read(
+    source: "Source", rows: range, config: ConfigDict, unreadable: list[str]
+) -> Iterator[bytes]:
+    """The encoded bytes of images; without any where an image cannot be read."""
+    import tensorflow as tf
+
+    from mljax.data.pipeline import num_cpus
+
+    encoded = source.encoded or (lambda index: tf.io.encode_png(source.read(index)))
+
+    def read(row: int) -> bytes | tf.errors.OpError:
+        try:
+            return encoded(tf.constant(row, tf.int64)).numpy()
+        except tf.errors.OpError as error:
+            return error
+
+    with ThreadPoolExecutor(config.data.parallel_reads or num_cpus()) as pool:
+        for row, data in zip(rows, pool.map(read, rows), strict=True):
+            if isinstance(data, bytes):
+                yield data
+                continue
+            if config.data.on_error == "stop":
+                reason = " ".join((data.message or "").split())[:200]
+                raise UserError(
+                    f"{source.names[row]}: cannot be read ({reason}); replace it or "
+                    "set data.on_error=skip"
+                )
+            unreadable.append(source.names[row])
+            yield b""
+
+
+def _example(source: "Source", row: int, data: bytes) -> bytes:
+    import tensorflow as tf
+
+    def numbers(value: int) -> tf.train.Feature:
+        found = np.flatnonzero(source.labels[row] == value)
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=found))
+
+    def text(value: bytes) -> tf.train.Feature:
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    name = source.names[row].encode("utf-8", "surrogateescape")
+    feature = {
+        "image": text(data),
+        "name": text(name),
+        "labels": numbers(1),
+        "unknown": numbers(-1),
+    }
+    features = tf.train.Features(feature=feature)
+    return tf.train.Example(features=features).SerializeToString()
+
+
+def _write_table(root: str, split: str, source: "Source", names: list[str]) -> None:
+    """SPLIT.npz: what is known of each image, and where it is."""
+    from mljax.data import shards
+
+    parts = [shards.read_json(root, f"{name}.json") for name in names]
+    shard = [np.full(len(part["start"]), i) for i, part in enumerate(parts)]
+    keys = b"".join(bytes.fromhex(key) for part in parts for key in part["content"])
+    table: dict[str, Any] = {
+        "labels": source.labels,
+        "names": shards.pack(source.names),
+        "shard": np.concatenate(shard),
+        "start": np.concatenate([part["start"] for part in parts]).astype(np.int64),
+        "length": np.concatenate([part["length"] for part in parts]).astype(np.int64),
+        "content": np.frombuffer(keys, np.uint8).reshape(-1, 32),
+    }
+    _write(root, f"{split}.npz", lambda file: np.savez_compressed(file, **table))
+
+
+def _write_graph(root: str, config: ConfigDict, train: "Source") -> None:
+    """cooccurrence.npy and embeddings.npy, for model.graph.adjacency and .embeddings"""
+    from mljax import label_graph_data
+
+    config = config.copy_and_resolve_references()
+    config.model.head = "gcn"
+    graph = label_graph_data.build(config, train)
+    assert graph is not None
+    _write(root, "cooccurrence.npy", lambda file: np.save(file, graph.cooccurrence))
+    _write(root, "embeddings.npy", lambda file: np.save(file, graph.embeddings))
+
+
+def _write_json(root: str, name: str, content: Any) -> None:
+    text = json.dumps(content, indent=None if "tfrecord" in name else 2)
+    _write(root, name, lambda file: file.write(text.encode()))
+
+
+def _write(root: str, name: str, fill: Callable[[io.BytesIO], Any]) -> None:
+    """Writes a file whole or not at all."""
+    import tensorflow as tf
+
+    from mljax.data import shards
+
+    content = io.BytesIO()
+    fill(content)
+    part = shards.join(root, f"{name}.part")
+    with tf.io.gfile.GFile(part, "wb") as file:
+        file.write(content.getvalue())
+    tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
+
+
+def _progress(text: str, last: bool) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return program.exit_code(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Images in a few large files, here or in an object store: what mljax.data.shard wrote.
+
+    data.name = "shards", data.root = the folder, or gs://bucket/folder
+
+A folder holds `train-00000-of-00007.tfrecord` ..., with one `tf.train.Example` an image
+("image": its encoded bytes as they were, "name", "labels": the numbers of the classes
+that are present, "unknown": those nobody checked), which any reader of TFRecords can
+use. Beside them lie `dataset.json` (classes, files), `train.npz` and `val.npz` (labels,
+where each record starts), `embeddings.npy` and `cooccurrence.npy` (the label graph).
+
+Because it is known where each record starts, image i is read with one request, as if it
+were a file. So batches are the same as from the files that were sharded, to the bit;
+the order is a permutation of all images instead of a window over a few shards, and any
+step starts at once on any number of hosts. ArrayRecord would give the same access, but
+through Python for every image; a TFRecord with offsets is read inside TensorFlow, from
+whatever `tf.io.gfile` opens. An object store takes long to answer, so let many requests
+wait at once: data.parallel_reads=64.
+"""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from mljax.data.decode import decode
+from mljax.data.source import Source
+from mljax.errors import UserError
+
+ABOUT = "dataset.json"  # written last: a folder without it is not finished
+PLAN = "plan.json"  # written first
+FORMAT = 1
+SPLITS = ("train", "val")
+RECORD_OVERHEAD = 16  # bytes around a record: its length, and two checksums
+
+
+def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
+    """The splits of the folder data.root.
+
+    Raises UserError where it is not finished, incomplete or of a newer version.
+    """
+    del seed
+    root = data_config.root
+    about = read_json(root, ABOUT)
+    if about is None:
+        if read_json(root, PLAN) is not None:
+            raise UserError(
+                f"data.root={root}: is not finished; give the same command of "
+                "mljax.data.shard again"
+            )
+        raise UserError(
+            f"data.root={root}: holds no {ABOUT}; `python -m mljax.data.shard` "
+            "writes it"
+        )
+    if about.get("format") != FORMAT:
+        raise UserError(
+            f"data.root={root}: is of format {about.get('format')}, this version of "
+            f"mljax reads {FORMAT}"
+        )
+    present = set(tf.io.gfile.listdir(root))
+    missing = [f for s in SPLITS for f in about["splits"][s] if f not in present]
+    if missing:
+        raise UserError(
+            f"data.root={root}: {missing[0]} is missing ({len(missing)} shards are): "
+            "copy it there, or write all to another folder"
+        )
+    return {split: _source(root, about, split, data_config) for split in SPLITS}
+
+
+def _source(
+    root: str, about: dict[str, Any], split: str, data_config: ConfigDict
+) -> Source:
+    with tf.io.gfile.GFile(join(root, f"{split}.npz"), "rb") as file:
+        table = dict(np.load(io.BytesIO(file.read()), allow_pickle=False))
+    files = tf.constant([join(root, name) for name in about["splits"][split]])
+    shard, start, length = (
+        tf.constant(table[name]) for name in ("shard", "start", "length")
+    )
+
+    def encoded(index: tf.Tensor) -> tf.Tensor:
+        # TensorFlow has no operation that reads a part of a file, but a data set may
+        # begin at an offset: this one has a single element.
+        records = tf.raw_ops.TFRecordDatasetV2(
+            filenames=[tf.gather(files, tf.gather(shard, index))],
+            compression_type="",
+            buffer_size=tf.gather(length, index) + RECORD_OVERHEAD,
+            byte_offsets=[tf.gather(start, index)],
+        )
+        kind: dict[str, Any] = {"output_types": [tf.string], "output_shapes": [[]]}
+        first = tf.raw_ops.TakeDataset(
+            input_dataset=records, count=tf.constant(1, tf.int64), **kind
+        )
+        record = tf.raw_ops.DatasetToSingleElement(dataset=first, **kind)[0]
+        features = {"image": tf.io.FixedLenFeature([], tf.string)}
+        return tf.io.parse_single_example(record, features)["image"]
+
+    return Source(
+        class_names=list(about["class_names"]),
+        labels=table["labels"],
+        names=unpack(table["names"]),
+        read=lambda index: decode(encoded(index), data_config.max_pixels),
+        split=split,
+        content=lambda: [key.tobytes() for key in table["content"]],
+        encoded=encoded,
+    )
+
+
+def read_json(root: str, name: str) -> Any:
+    """The content of a JSON file; None where there is none. Raises UserError."""
+    path = join(root, name)
+    try:
+        if not tf.io.gfile.exists(path):
+            return None
+        with tf.io.gfile.GFile(path) as file:
+            return json.loads(file.read())
+    except (tf.errors.OpError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
+
+
+def join(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"
+
+
+def pack(names: list[str]) -> np.ndarray:
+    """Texts as one array of bytes; a path need not be valid UTF-8."""
+    return np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def unpack(names: np.ndarray) -> list[str]:
+    return names.tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

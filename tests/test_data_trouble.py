@@ -1,0 +1,143 @@
+"""Images that are damaged, unusual, or vanish while they are needed."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from data_trees import blocks, data_config, encode, tree, write_json
+from test_data_decode import FILES, by_pil, exif_bytes
+
+from mljax import evaluate
+from mljax.data import annotations, pipeline
+from mljax.errors import UserError
+from mljax.progress import Progress
+
+WHOLE = FILES["jpeg"]
+DAMAGED = {
+    "truncated.jpg": WHOLE[: len(WHOLE) // 2],
+    "truncated.png": FILES["png"][:-40],
+    "empty.jpg": b"",
+    "page.jpg": b"<html>not found</html>",
+    "folder.jpg": None,
+}
+DEEP = np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40
+UNUSUAL = {
+    "png called.jpg": FILES["png"],
+    "jpeg called.png": WHOLE,
+    "no ending": FILES["webp"],
+    "progressive.jpg": FILES["progressive"],
+    "cmyk.jpg": FILES["cmyk"],
+    "grey.jpg": FILES["grey"],
+    "alpha.png": FILES["png alpha"],
+    "turned.jpg": encode(blocks(), exif=exif_bytes(6, "<")),
+    "with spaces  .jpg": WHOLE,
+    "кошка 猫 ü.jpg": WHOLE,
+    "a%20b?c#d&e.jpg": WHOLE,
+}
+
+
+def test_damaged_images_among_unusual_ones(tmp_path):
+    files = {**UNUSUAL, **DAMAGED, "16 bits.png": encode(DEEP, "PNG")}
+    for name, content in files.items():
+        if content is None:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_bytes(content)
+    names = sorted(files)
+    write_json(tmp_path / "train.json", ["a"], [[name, ["a"]] for name in names])
+    config = data_config(tmp_path, on_error="skip", antialias=False, image_size=40)
+    source = annotations.read(tmp_path / "train.json", "train", 10**6, missing="keep")
+    rows = list(pipeline.eval_batches(source, data_config=config, batch_size=6))
+    ok = np.concatenate([row["ok"] for row in rows])[: len(names)]
+    assert {name for name, fine in zip(names, ok, strict=True) if not fine} == set(
+        DAMAGED
+    )
+    for i, name in enumerate(names):
+        if name in UNUSUAL:
+            found = source.read(i)
+            np.testing.assert_array_equal(found, by_pil(files[name]), name)
+    deep = source.read(names.index("16 bits.png"))
+    np.testing.assert_array_equal(deep[:, :, 0], DEEP >> 8)
+
+    config.on_error = "stop"
+    for name in ("empty.jpg", "folder.jpg"):
+        one = source.take([names.index(name)])
+        with pytest.raises(UserError, match="cannot be read") as error:
+            list(pipeline.eval_batches(one, data_config=config, batch_size=1))
+        assert name in str(error.value) and "\n" not in str(error.value)
+        if name == "empty.jpg":
+            assert "the file is empty" in str(error.value)
+
+
+def steps(source, config, count, **options):
+    batches = pipeline.train_batches(
+        source, data_config=config, batch_size=4, seed=0, **options
+    )
+    return batches, list(itertools.islice(batches, count))
+
+
+def test_files_that_vanish_during_training(tmp_path):
+    config = tree(tmp_path, num_train=12)
+    config.on_error = "skip"
+    source = annotations.load(config)["train"]
+    batches, before = steps(source, config, 3)  # an epoch
+    gone = [2, 5, 11]
+    for i in gone:
+        os.unlink(source.names[i])
+    # Batches that were prepared ahead still have them: some steps, then no more.
+    after = list(itertools.islice(batches, 9))
+    seen = np.concatenate([b["index"][~b["ok"]] for b in after[4:]])
+    assert set(seen) == set(gone)
+    order = np.concatenate([pipeline.permutation(12, 0, epoch) for epoch in range(4)])
+    for at, batch in enumerate(before + after):
+        index, ok = order[4 * at : 4 * at + 4], batch["ok"]
+        np.testing.assert_array_equal(batch["index"], index)
+        assert ok[~np.isin(index, gone)].all()
+        # Image i is grey level i.
+        np.testing.assert_array_equal(batch["image"][ok][:, 3, 3, 0], index[ok])
+        np.testing.assert_array_equal(batch["labels"][ok], source.labels[index[ok]])
+        assert (batch["labels"][~ok] == -1).all() and not batch["image"][~ok].any()
+    # A run that starts again sees the same steps.
+    resumed = annotations.load(config)["train"]
+    _, again = steps(resumed, config, 2, start_step=10)
+    for batch, expected in zip(again, after[7:], strict=True):
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], expected[key])
+
+    config.on_error = "stop"
+    with pytest.raises(UserError, match="No such file"):
+        steps(source, config, 4)
+    with pytest.raises(UserError, match=r"is missing \(3 of 12 are\)"):
+        annotations.load(config)
+
+
+def batch(index, ok):
+    return {"index": np.array(index), "ok": np.array(ok)}
+
+
+def test_a_disk_that_is_gone_ends_the_run():
+    progress, names = Progress(), ["a", "b", "c", "d"]
+    for _ in range(5):
+        progress.see(batch([0, 3], [False, False]), names, 3)
+        progress.see(batch([1, 3], [False, False]), names, 3)
+        progress.see(batch([1, 2], [False, True]), names, 3)
+    assert progress.unreadable == {"a", "b", "d"}
+    again = Progress.from_dict(progress.to_dict())
+    assert again.unreadable == progress.unreadable
+    bad = batch([0, 3], [False, False])
+    again.see(bad, names, 3)
+    again.see(bad, names, 3)
+    with pytest.raises(
+        UserError, match="not one image of 3 steps in a row.* was d: is"
+    ):
+        again.see(bad, names, 3)
+
+
+def test_evaluation_without_a_readable_positive():
+    outputs = np.zeros((3, 2), np.float32)
+    labels = np.array([[0, 0], [-1, -1], [0, -1]])
+    scores = evaluate.Scores(outputs, labels, np.arange(3), np.array([1]))
+    assert evaluate.unreadable({"raw": scores}, ["a", "b", "c"]) == ["b"]
+    with pytest.raises(UserError, match="no image that can be read.*1 of 3 images"):
+        evaluate.report(scores, lambda x: x)
