@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv in the root of the clone if it is missing,
 # installs mljax with the extras named in $1 (like "[test]") and sets $python.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 if [ ! -x .venv/bin/python ]; then
     base=${PYTHON:-python3}

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""The exceptions whose message is meant for the person at the terminal."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,31 @@ class UserError(ValueError):
 
     The message names the thing (key, file, class) and says what to do.
     """
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, and has saved what it had done.
+
+    exit_code: of the program, see `mljax.preemption`.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to say of an error that a user can cause; None for one of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        # A full disk, a folder without permission: the name and the reason suffice.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # of XLA
+        return (
+            "the device has too little memory: lower config.batch_size or "
+            "config.data.image_size, raise config.optim.accumulate (a batch in parts), "
+            "or set config.model.remat = true"
+        )
+    return None

@@ -103,6 +103,13 @@ def fix_batch_norm(model: nnx.Module, freeze: str) -> nnx.Module:
     return model
 
 
+def group_batch_norm(model: nnx.Module, groups: int) -> None:
+    """Every BatchNorm of `model` works on `groups` equal parts of the batch."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, BatchNorm):
+            layer.groups = groups
+
+
 def lr_factors(
     params: PyTree, backbone_lr_factor: float, layer_decay: float
 ) -> PyTree | None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mljax import config as configs
 from mljax import memory
-from mljax.errors import UserError
+from mljax.errors import Stopped, UserError, one_line
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,6 +24,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--workdir", required=True, metavar="DIR", help="checkpoints, logs and results"
     )
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    group = parser.add_argument_group(
+        "several processes",
+        "Found without flags on TPU pods, under Slurm and Open MPI, and in indexed "
+        "Kubernetes jobs; elsewhere give the first three, or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID. See launch/README.md.",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1")
+    group.add_argument(
+        "--cluster",
+        choices=("auto", "none", "slurm", "ompi", "mpi4py"),
+        default="auto",
+        help="where the others are looked for; none: there are no others",
+    )
     return parse_with(parser, argv)
 
 
@@ -68,15 +85,19 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
     for key, value in args.overrides:
         configs.override(config, key, value)
     configs.validate(config)
+    quiet()
+    return config
 
-    # TensorFlow only decodes images: no word from it, nor oneDNN, which it announces.
+
+def quiet() -> None:
+    """Before TensorFlow and Orbax are imported: they only say what goes wrong."""
+    # Nor shall TensorFlow, which only decodes images here, announce oneDNN.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     from absl import logging
 
     # Orbax tells of one failed write in six tracebacks, and then raises it as well.
     logging.set_verbosity(logging.FATAL)
-    return config
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,12 +107,25 @@ def run(args: argparse.Namespace) -> None:
             "--config.optim.lr and config.optim.lr_from both give the learning rate: "
             "leave one out (--config.optim.lr_from= takes back that of a config file)"
         )
-    from mljax import train
+    if "://" in args.workdir:
+        raise UserError(
+            f"--workdir {args.workdir}: must be a directory; mount the bucket, or use "
+            "another file system that all machines share"
+        )
+    from mljax import hosts
 
-    if args.mode == "train":
-        train.train(config, args.workdir)
-    else:
-        train.evaluate_workdir(config, args.workdir)
+    # The computers may differ in where the data is and how it is read, not in more.
+    settings = {"--mode": args.mode, "--workdir": os.path.abspath(args.workdir)}
+    for key, value in configs.flatten(config).items():
+        if key not in ("data.root", "data.prefetch"):
+            settings[f"config.{key}"] = value
+    with hosts.together(args, config.hosts, settings):
+        from mljax import evaluate_workdir, train
+
+        if args.mode == "train":
+            train.train(config, args.workdir)
+        else:
+            evaluate_workdir.evaluate_workdir(config, args.workdir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,30 +137,21 @@ def exit_code(
     job: Callable[[], None],
     interrupted: str = "interrupted: the same command goes on from here",
 ) -> int:
-    """Of a program whose flags are right: 0, 1 for an error, 130 when interrupted."""
+    """Of a program whose flags are right: 0; 1 for an error; 130 when interrupted; and
+    that of `Stopped`."""
     try:
         job()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # A full disk, a folder without permission: the name and the reason suffice.
-        where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # of XLA
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            "error: the device has too little memory: lower config.batch_size or "
-            "config.data.image_size, raise config.optim.accumulate (a batch in parts), "
-            "or set config.model.remat = true",
-            file=sys.stderr,
-        )
-        return 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except Exception as error:
+        if (text := one_line(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -37,6 +37,20 @@ def restart_tuned() -> None:
         os.execve(sys.executable, arguments, environment)
 
 
+def peak_bytes() -> int:
+    """Most bytes in use so far: of the fullest device here, on CPU of this program."""
+    import jax
+
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    used = [found["peak_bytes_in_use"] for found in stats if found]
+    if used:
+        return max(used)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def _computes_on_cpu() -> bool:
     """Whether JAX will have no accelerator, told without starting a backend."""
     if platforms := os.environ.get("JAX_PLATFORMS"):

@@ -1,6 +1,6 @@
 """What a run knows beside its arrays; kept in every checkpoint as plain JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ class Progress:
         stopped: whether it has ended the run.
         best: the row of the best evaluation, with "weights" and "per_class".
         unreadable: names of images that could not be read.
+        unreadable_in_row: steps without a single readable image, up to now.
+        evaluation_due: whether the step it is saved with ends an epoch whose
+            evaluation was left for the next start.
     """
 
     loss_sum: float = 0.0
@@ -30,6 +33,34 @@ class Progress:
     stopped: bool = False
     best: dict[str, Any] | None = None
     unreadable: set[str] = field(default_factory=set)
+    evaluation_due: bool = False
+    unreadable_in_row: int = 0
+
+    def see(
+        self, batch: Mapping[str, Any], names: Sequence[str], max_bad_steps: int
+    ) -> None:
+        """Notes which images of a training batch could not be read.
+
+        Args:
+            batch: of `data.pipeline.train_batches`.
+            names: of the images of its source.
+            max_bad_steps: steps in a row without a readable image that end the run.
+
+        Raises:
+            UserError: there were so many of them.
+        """
+        bad = [names[i] for i in batch["index"][~batch["ok"]]]
+        self.unreadable.update(bad)
+        if batch["ok"].any():
+            self.unreadable_in_row = 0
+            return
+        self.unreadable_in_row += 1
+        if self.unreadable_in_row >= max_bad_steps:
+            raise UserError(
+                f"not one image of {self.unreadable_in_row} steps in a row could be "
+                f"read (config.train.max_bad_steps), the last was {bad[-1]}: is its "
+                "disk there? The same command goes on from the last checkpoint"
+            )
 
     def take(self, metrics: Mapping[str, Any], max_bad_steps: int) -> None:
         """Adds the metrics of one step.

@@ -126,8 +126,7 @@ def write_summary(
         "chosen_on": chosen_on,
         **more,
     }
-    if jax.process_index() == 0:
-        workdir.write_summary(folder, summary)
+    workdir.write_summary(folder, summary)
     return summary
 
 
@@ -175,6 +174,8 @@ def picture(run: Run, folder: Path, source: Source, variables: dict) -> Path:
     few = source.take(places)
     scores = run.scores({"best": variables}, few)["best"]
     file = folder / "predictions.png"
+    if jax.process_index():
+        return file
     images = [few.read(i).numpy() for i in scores.places if i not in scores.unreadable]
     keep = [k for k, i in enumerate(scores.places) if i not in scores.unreadable]
     pictures.sheet(

@@ -104,7 +104,7 @@ def make_run(
     configs.validate_devices(config, mesh.size)
 
     def make_model(seed: int = config.seed) -> models.Classifier:
-        return models.build_model(
+        model = models.build_model(
             config.model,
             len(class_names),
             angular=losses.is_angular(config.loss.name),
@@ -112,9 +112,14 @@ def make_run(
             rngs=nnx.Rngs(seed),
             graph=graph,
         )
+        # SAM's groups are already apart when they reach the model.
+        groups = config.model.batch_norm_groups // config.sam.groups
+        if groups > 1:
+            finetune.group_batch_norm(model, groups)
+        return model
 
     apply, _ = functional(make_model)
-    eval_step = _eval_step(mesh, apply)
+    eval_step = _eval_step(config, mesh, apply)
     return Run(config, class_names, mesh, make_model, apply, eval_step)
 
 
@@ -129,14 +134,21 @@ def for_use(run: Run, variables: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     model = nnx.merge(graph, variables["params"], variables["batch_stats"])
     folded = models.folded(model)
     apply = as_function(folded)
-    run = run._replace(apply=apply, eval_step=_eval_step(run.mesh, apply))
+    run = run._replace(apply=apply, eval_step=_eval_step(run.config, run.mesh, apply))
     params, batch_stats = split(folded)
     return run, {"params": params, "batch_stats": batch_stats}
 
 
-def _eval_step(mesh: Mesh, apply: Callable[..., Any]) -> Callable[..., jax.Array]:
+def _eval_step(
+    config: ConfigDict, mesh: Mesh, apply: Callable[..., Any]
+) -> Callable[..., jax.Array]:
     return jax.jit(
-        step.make_eval_step(apply, augment.normalise, mesh=sharding.gathered_on(mesh)),
+        step.make_eval_step(
+            apply,
+            augment.normalise,
+            flip=config.eval.flip,
+            mesh=sharding.gathered_on(mesh),
+        ),
         out_shardings=sharding.batch_sharding(mesh),
     )
 
@@ -146,6 +158,9 @@ def make_augment(config: ConfigDict) -> step.Augment:
     data = config.data
     return augment.make_augment(
         flip=data.flip,
+        cutout=data.cutout,
+        cutout_side=data.cutout_side,
+        jitter=data.jitter.to_dict(),
         mixup_alpha=data.mixup_alpha,
         cutmix_alpha=data.cutmix_alpha,
         mixup_prob=data.mixup_prob,

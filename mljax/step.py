@@ -86,6 +86,7 @@ def make_train_step(
     sam_rho: float = 0.0,
     sam_adaptive: bool = False,
     sam_update_stats: str = "both",
+    sam_groups: Callable[[Any], Any] | None = None,
     ema_decay: float = 0.0,
     accumulate: int = 1,
     clip_norm: float = 0.0,
@@ -110,6 +111,8 @@ def make_train_step(
         sam_rho: length of SAM's perturbation; 0 = no SAM (one pass).
         sam_adaptive: perturb each weight in proportion to its square (ASAM).
         sam_update_stats: which passes move the batch statistics, "both" or "first".
+        sam_groups: from `groups.over_devices`, for m-sharpness: each part of the batch
+            has a perturbation of its own; None = that of the whole batch.
         ema_decay: per step; 0 = no EMA (as `create_state` with use_ema=False).
         accumulate: the batch is run in this many parts, one after the other. The
             gradient is that of the whole batch, except that BatchNorm sees one part
@@ -133,8 +136,8 @@ def make_train_step(
             the batch cannot be divided into `accumulate` parts.
 
     References:
-        Foret et al., "Sharpness-Aware Minimization" (2021), algorithm 1,
-        arXiv 2010.01412. Kwon et al., "ASAM" (2021), arXiv 2102.11600.
+        Foret et al., "Sharpness-Aware Minimization" (2021), algorithm 1 and section 4.1
+        (m-sharpness), arXiv 2010.01412. Kwon et al., "ASAM" (2021), arXiv 2102.11600.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction = {reduction!r}: must be "sum" or "mean"')
@@ -153,7 +156,9 @@ def make_train_step(
         params: PyTree, batch_stats: PyTree, images: Any, labels: Any, rng: Any
     ) -> tuple[jax.Array, PyTree, PyTree]:
         def loss_of(params: PyTree) -> tuple[jax.Array, PyTree]:
-            whole = _gathered(hold(params, frozen), mesh)
+            whole = hold(params, frozen)
+            if sam_groups is None:
+                whole = _gathered(whole, mesh)
             outputs, stats = apply(whole, batch_stats, images, train=True, rng=rng)
             return loss_fn(outputs, labels), stats
 
@@ -184,6 +189,21 @@ def make_train_step(
             total = jax.tree.map(lambda x: x / accumulate, total)
         return *total, batch_stats
 
+    def passes(
+        params: PyTree, batch_stats: PyTree, images: Any, labels: Any, *keys: Any
+    ) -> tuple[jax.Array, PyTree, PyTree]:
+        """`gradient`, with SAM that of the second pass."""
+        loss, grads, stats = gradient(params, batch_stats, images, labels, keys[0])
+        if sam_rho:
+            ascend = partial(_ascend, rho=sam_rho, adaptive=sam_adaptive)
+            nearby = each(ascend, params, grads)
+            # What XLA sees to be the same in both passes it computes once.
+            nearby = keep(params, nearby, frozen)
+            loss, grads, second_stats = gradient(nearby, stats, images, labels, keys[1])
+            if sam_update_stats == "both":
+                stats = second_stats
+        return loss, grads, stats
+
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
@@ -191,19 +211,13 @@ def make_train_step(
         augment_key, first_key, second_key = jax.random.split(key, 3)
         images, labels = augment(batch["image"], batch["labels"], augment_key)
 
-        loss, grads, stats = gradient(
-            state.params, state.batch_stats, images, labels, first_key
+        start = state.params
+        compute = passes
+        if sam_groups is not None:
+            start, compute = _gathered(start, mesh), sam_groups(passes)
+        loss, grads, stats = compute(
+            start, state.batch_stats, images, labels, first_key, second_key
         )
-        if sam_rho:
-            ascend = partial(_ascend, rho=sam_rho, adaptive=sam_adaptive)
-            nearby = each(ascend, state.params, grads)
-            # What XLA sees to be the same in both passes it computes once.
-            nearby = keep(state.params, nearby, frozen)
-            loss, grads, second_stats = gradient(
-                nearby, stats, images, labels, second_key
-            )
-            if sam_update_stats == "both":
-                stats = second_stats
 
         grad_norm = optax.tree.norm(grads)
         if clip_norm:
@@ -242,17 +256,29 @@ def make_train_step(
 
 
 def make_eval_step(
-    apply: Apply, preprocess: Preprocess, *, mesh: Mesh | None = None
+    apply: Apply,
+    preprocess: Preprocess,
+    *,
+    flip: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
     """(params, batch_stats, images uint8 [batch, height, width, 3]) -> outputs.
 
-    The outputs, [batch, num_classes], are at least float32.
+    The outputs, [batch, num_classes], are at least float32. With `flip` they are the
+    mean of those (logits or cosines) for the images and for their mirror images.
     """
 
     def eval_step(params: PyTree, batch_stats: PyTree, images: jax.Array) -> jax.Array:
-        images = preprocess(images)
-        outputs, _ = apply(_gathered(params, mesh), batch_stats, images, train=False)
-        return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        images, whole = preprocess(images), _gathered(params, mesh)
+
+        def outputs_of(images: jax.Array) -> jax.Array:
+            outputs, _ = apply(whole, batch_stats, images, train=False)
+            return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+        outputs = outputs_of(images)
+        if flip:
+            outputs = (outputs + outputs_of(images[:, :, ::-1])) / 2
+        return outputs
 
     return eval_step
 

@@ -1,7 +1,6 @@
 """What a run says: lines on the terminal and curves in TensorBoard."""
 
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mljax import finetune
+from mljax import finetune, speed
 from mljax.data.source import Sources
 from mljax.early_stopping import Decision
 from mljax.progress import Progress
@@ -27,10 +26,9 @@ class Terminal:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.first = jax.process_index() == 0
-        self._loss, self._steps, self._skipped = 0.0, 0, 0
+        self.speed = speed.Speed(config.batch_size)
+        self._loss, self._steps = 0.0, 0
         self._unreadable = 0
-        self._since = time.perf_counter()
-        self._rate = 0.0
         self._writer: Any = None
         if self.first:
             from clu import metric_writers
@@ -61,6 +59,8 @@ class Terminal:
                     f"{name + ':':<9}{len(source)} images, {len(source.class_names)} "
                     f"classes, {per_image:.2f} labels an image"
                 )
+                for note in source.notes:
+                    self.say(f"{name + ':':<9}{note}")
         twice = "2 x " if run.is_pair else ""
         params = finetune.one_network(params)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
@@ -92,10 +92,12 @@ class Terminal:
 
     def restart_clock(self) -> None:
         """Leaves out of images/s what came before: evaluation, saving, compiling."""
-        self._since, self._steps, self._loss = time.perf_counter(), 0, 0.0
+        self.speed.restart()
+        self._steps, self._loss = 0, 0.0
 
     def step(self, at: int, metrics: Mapping[str, Any], progress: Progress) -> None:
         """Takes the metrics of step `at`; speaks every `train.log_every` steps."""
+        self.speed.step()
         if not metrics["finite"]:
             self.say(
                 f"step {at} skipped: its loss or gradient is not finite "
@@ -104,33 +106,35 @@ class Terminal:
         else:
             self._loss += float(metrics["loss"])
             self._steps += 1
-        if len(progress.unreadable) > self._unreadable:
-            self._unreadable = len(progress.unreadable)
-            self.say(f"{self._unreadable} images could not be read: unreadable.txt")
+        self.unreadable(progress)
         if at % self.config.train.log_every or not self._steps:
             return
-        seconds = time.perf_counter() - self._since
         loss = self._loss / self._steps
-        self._rate = self._steps / seconds
-        images = self._rate * self.config.batch_size
+        found = self.speed.read()
         rate = float(metrics["learning_rate"])
-        left = (self.total_steps - at) / self._rate
+        left = (self.total_steps - at) * found["step_ms"] / 1e3
         self.say(
             f"step {at}/{self.total_steps}  epoch {at / self.steps_per_epoch:.2f}  "
-            f"loss {loss:.4g}  lr {rate:.3g}  {images:.0f} images/s  "
-            f"{_clock(left)} left"
+            f"loss {loss:.4g}  lr {rate:.3g}  {found['images_per_second']:.0f} "
+            f"images/s  {_clock(left)} left  {speed.text(found)}"
         )
         if self._writer:
             values = {
                 "train/loss": loss,
                 "train/learning_rate": rate,
                 "train/grad_norm": float(metrics["grad_norm"]),
-                "train/images_per_second": images,
                 "train/skipped_steps": progress.skipped,
                 "train/unreadable_images": self._unreadable,
+                **{f"train/{name}": value for name, value in found.items()},
             }
             self._writer.write_scalars(at, values)
         self.restart_clock()
+
+    def unreadable(self, progress: Progress) -> None:
+        """Says how many images could not be read, where there are new ones."""
+        if len(progress.unreadable) > self._unreadable:
+            self._unreadable = len(progress.unreadable)
+            self.say(f"{self._unreadable} images could not be read: unreadable.txt")
 
     def evaluation(self, row: Mapping[str, Any], decision: Decision) -> None:
         ema = "" if row["mAP_ema"] is None else f", ema {100 * row['mAP_ema']:.2f}"

@@ -1,6 +1,5 @@
 """Training from the first line to the last: `train(config, workdir)`."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,20 @@ from mljax import (
     evaluate,
     find_lr,
     finetune,
+    groups,
+    hosts,
     label_graph_data,
     mutual,
     optim,
+    preemption,
     results,
     sharding,
+    speed,
     step,
+    versions,
     workdir,
 )
-from mljax.checkpoint import Checkpoints, find_best
+from mljax.checkpoint import Checkpoints
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
 from mljax.progress import Progress
@@ -101,6 +105,11 @@ def setup(
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
 
+    sam_groups = None
+    if config.sam.groups > 1:
+        is_mean = config.loss.reduction == "mean"
+        sam_groups = groups.over_devices(config.sam.groups, run.mesh, is_mean)
+
     def compiled(frozen: Any) -> Any:
         train_step = step.make_train_step(
             run.train_apply(frozen is not None),
@@ -112,6 +121,7 @@ def setup(
             sam_rho=config.sam.rho,
             sam_adaptive=config.sam.adaptive,
             sam_update_stats=config.sam.update_stats,
+            sam_groups=sam_groups,
             ema_decay=ema_decay,
             accumulate=config.optim.accumulate,
             clip_norm=config.optim.clip_norm,
@@ -165,6 +175,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
 
     Raises:
         UserError: the data, the weights, the devices or the work directory do not fit.
+        Stopped: it was asked to stop (SIGTERM, Ctrl-C) and has saved its last step.
     """
     started = time.perf_counter()
     config, found = find_lr.resolve(config)
@@ -173,15 +184,20 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     sources, run, graph = made.sources, made.run, made.graph
     steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
     source, names = sources.train, sources.train.class_names
-    folder = workdir.open_for_training(path, config)
+    folder = Path(path).absolute()
+    if jax.process_index() == 0:
+        workdir.open_for_training(path, config)
+    hosts.wait("work directory")
+    workdir.check_shared(path)
     about = {
         "config": config.to_dict(),
         "class_names": names,
         "num_train": len(source.names),
+        "versions": versions.installed(),
     }
     last = Checkpoints(folder / "checkpoints")
     best = Checkpoints(folder / "best")
-    start = last.latest() or 0
+    start = hosts.of_first(last.latest() or 0)
     progress = Progress()
     if start:
         saved = last.about(start)
@@ -192,7 +208,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         state = made.initial()
     # What came after the last whole checkpoint is computed again, to the same bits.
     best.drop_after(start)
-    history = workdir.read_history(folder, last_step=start)
+    history = workdir.read_history(folder, start - progress.evaluation_due)
     workdir.write_history(folder, history)
     rows = sharding.batch_sharding(run.mesh)
     batches = pipeline.train_batches(
@@ -206,6 +222,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     )
     terminal = Terminal(config, folder, steps_per_epoch, total_steps)
     terminal.opening(run, sources, made.chosen_on, state.params, made.notes, start)
+    if jax.process_count() > 1:
+        terminal.say(f"hosts:   process {hosts.names()}")
     if found:
         terminal.say(found)
     if graph is not None:
@@ -218,54 +236,89 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         progress.take(values, config.train.max_bad_steps)
         terminal.step(at, values, progress)
 
-    previous = None
-    for at in range(start + 1, total_steps + 1):
-        if progress.stopped:
-            break
-        batch = next(batches)
-        bad = batch["index"][~batch["ok"]]
-        progress.unreadable.update(source.names[i] for i in bad)
-        arrays = {name: batch[name] for name in ("image", "labels")}
-        state, metrics = made.step_at(at)(state, sharding.global_batch(arrays, rows))
-        # The numbers of a step are fetched once the next one is running.
-        if previous is not None:
-            absorb(*previous)
-        previous = at, metrics
-        if at == start + 1:
-            jax.block_until_ready(metrics)
-            terminal.first_step(time.perf_counter() - started)
-        elif at == made.thaw_step + 1:
-            jax.block_until_ready(metrics)
-            terminal.thawed()
+    def judge(at: int, epoch: int) -> None:
+        """Evaluates step `at`, keeps the weights if they are the best so far."""
+        variants = results.variants(state, run.is_pair)
+        scores = run.scores(variants, made.judge)
+        progress.unreadable.update(evaluate.unreadable(scores, made.judge.names))
+        terminal.unreadable(progress)
+        # One process decides: on another processor the last bit may differ.
+        row, per_class = hosts.of_first(results.row(at, epoch, progress, scores, run))
+        decision = progress.stopping.update(
+            row["mAP"],
+            patience=config.train.patience,
+            warmed_up=epoch > config.train.warmup_epochs,
+        )
+        if decision.is_best:
+            chosen = variants[results.variant(row)]
+            progress.best = {**row, "per_class": per_class}
+            last.wait()  # Orbax: with several processes one save at a time
+            best.save(at, chosen, {**about, "best": progress.best})
+            best.wait()
+        progress.stopping, progress.stopped = decision.state, decision.stop
+        history.append(row)
+        workdir.write_history(folder, history)
+        results.write_summary(folder, progress, history, names, made.chosen_on)
+        terminal.evaluation(row, decision)
 
-        epoch, inside = divmod(at, steps_per_epoch)
-        every = config.train.checkpoint_every
-        if inside and not (every and at % every == 0):
-            continue
-        absorb(*previous)
-        previous = None
-        if not inside and (epoch % config.train.eval_every == 0 or at == total_steps):
-            variants = results.variants(state, run.is_pair)
-            scores = run.scores(variants, made.judge)
-            row, per_class = results.row(at, epoch, progress, scores, run)
-            decision = progress.stopping.update(
-                row["mAP"],
-                patience=config.train.patience,
-                warmed_up=epoch > config.train.warmup_epochs,
-            )
-            if decision.is_best:
-                chosen = variants[results.variant(row)]
-                progress.best = {**row, "per_class": per_class}
-                best.save(at, chosen, {**about, "best": progress.best})
-                best.wait()
-            progress.stopping, progress.stopped = decision.state, decision.stop
-            history.append(row)
-            workdir.write_history(folder, history)
-            results.write_summary(folder, progress, history, names, made.chosen_on)
-            terminal.evaluation(row, decision)
+    def save(at: int) -> None:
+        progress.unreadable.update(*hosts.gather(sorted(progress.unreadable)))
         last.save(at, state, {**about, "progress": progress.to_dict()})
         workdir.write_unreadable(folder, progress.unreadable)
-        terminal.restart_clock()
+
+    if progress.evaluation_due:
+        progress.evaluation_due = False
+        judge(start, start // steps_per_epoch)
+    batches = terminal.speed.timed(batches)
+    profiler = speed.Profiler(config.profile, folder / "tensorboard")
+    previous = None
+    with preemption.watching() as watch:
+        for at in range(start + 1, total_steps + 1):
+            if progress.stopped:
+                break
+            profiler.before(at)
+            batch = next(batches)
+            progress.see(batch, source.names, config.train.max_bad_steps)
+            arrays = {name: batch[name] for name in ("image", "labels")}
+            placed = sharding.global_batch(arrays, rows)
+            state, metrics = made.step_at(at)(state, placed)
+            # The numbers of a step are fetched once the next one is running.
+            if previous is not None:
+                absorb(*previous)
+            previous = at, metrics
+            if at == start + 1:
+                jax.block_until_ready(metrics)
+                if jax.process_index() == 0:
+                    program = made.step_at(at)
+                    terminal.speed.flops = speed.flops_of(program, made.state, placed)
+                terminal.first_step(time.perf_counter() - started)
+            elif at == made.thaw_step + 1:
+                jax.block_until_ready(metrics)
+                terminal.thawed()
+
+            epoch, inside = divmod(at, steps_per_epoch)
+            due = not inside and (
+                epoch % config.train.eval_every == 0 or at == total_steps
+            )
+            every = config.train.checkpoint_every
+            stop = watch.asked(at)
+            if trace := profiler.after(at, metrics, stop or at == total_steps):
+                terminal.say(f"profile: {trace}")
+            if inside and not stop and not (every and at % every == 0):
+                continue
+            absorb(*previous)
+            previous = None
+            # There may be seconds left, too few to evaluate: that is done first then.
+            progress.evaluation_due = due and stop
+            if due and not stop:
+                judge(at, epoch)
+            save(at)
+            if stop:
+                last.close()
+                best.close()
+                terminal.close()
+                raise watch.stopped(at)
+            terminal.restart_clock()
     last.close()
     best.close()
     summary = finish(run, folder, sources, progress, history, made.chosen_on, terminal)
@@ -290,9 +343,11 @@ def finish(
     val = sources.val
     figures, per_class = best, best["per_class"]
     if sources.holdout is not None:
-        report = evaluate.report(
-            run.scores({"best": variables}, val)["best"], run.probabilities
-        )
+        scores = run.scores({"best": variables}, val)
+        progress.unreadable.update(evaluate.unreadable(scores, val.names))
+        terminal.unreadable(progress)
+        workdir.write_unreadable(folder, progress.unreadable)
+        report = evaluate.report(scores["best"], run.probabilities)
         figures, per_class = report, report.pop("per_class")
         more["val"] = {
             **report,
@@ -314,33 +369,3 @@ def finish(
     file = results.picture(run, folder, val, variables)
     terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")
     return summary
-
-
-def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
-    """`--mode=eval`: the best weights of a work directory on val, to eval.json.
-
-    Raises:
-        UserError: there is no checkpoint, or its classes are not those of the data.
-    """
-    compile_cache.enable()
-    check_names(config)
-    folder = Path(path).absolute()
-    best = find_best(folder)
-    val = DATASETS[config.data.name](config.data, config.seed).val
-    results.need_positives(val, "val")
-    run = make_run(config, val.class_names)
-    run, variables, about = results.best_weights(run, folder)
-    workdir.check_same_classes(path, about, val.class_names)
-    report = evaluate.report(
-        run.scores({"best": variables}, val)["best"], run.probabilities
-    )
-    per_class = report.pop("per_class")
-    found = {
-        **report,
-        "step": int(best.name) if best.name.isdigit() else 0,  # 0: imported
-        "per_class": dict(zip(val.class_names, per_class, strict=True)),
-    }
-    workdir.write_text(folder / "eval.json", json.dumps(found, indent=2) + "\n")
-    print(results.table(val.class_names, per_class, val, report))
-    print(f"weights of step {found['step']}; written to {folder / 'eval.json'}")
-    return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ UNREADABLE = "unreadable.txt"
 FREE_KEYS = frozenset(
     {
         "data.root",
+        "data.parallel_reads",
         "data.prefetch",
         "eval.batch_size",
+        "hosts.heartbeat_timeout",
+        "hosts.start_timeout",
         "mesh.data",
         "mesh.fsdp",
         "optim.lr_from",  # optim.lr is what it gave
         "train.checkpoint_every",
         "train.log_every",
+        "profile",
         "published_mAP",
     }
 )
@@ -54,6 +59,19 @@ def open_for_training(path: str, config: ConfigDict) -> Path:
         workdir.mkdir(parents=True, exist_ok=True)
     write_text(stored, json.dumps(config.to_dict(), indent=2) + "\n")
     return workdir
+
+
+def check_shared(path: str) -> None:
+    """Raises UserError where the directory that process 0 opened cannot be seen."""
+    stored = Path(path).absolute() / CONFIG
+    for _ in range(10):  # file systems of a network take their time
+        if stored.exists():
+            return
+        time.sleep(1)
+    raise UserError(
+        f"--workdir {path}: what process 0 wrote there is not here; name a directory "
+        "on a file system that all machines share"
+    )
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -88,7 +106,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes all of `text` or nothing, whenever the process dies."""
+    """Writes all of `text` or nothing, whenever the process dies; process 0 does."""
+    import jax  # here: `--help` of the programs has no use for it
+
+    if jax.process_index():
+        return
     part = file.with_name(f".{file.name}.part")
     with part.open("w", encoding="utf-8") as handle:
         handle.write(text)

@@ -1,0 +1,199 @@
+"""Bytes that a training step sends between devices, and bytes it keeps on each.
+
+python benchmarks/collectives.py [--devices 8 64 256] [--backbone NAME] [--head NAME]
+
+Compiles the training step (SAM, EMA, as in `mljax.train`) for so many simulated CPU
+devices, runs nothing, and reads the collective operations off the compiled program.
+A row is a layout data x fsdp. MB sent are those a device sends with ring algorithms:
+2 (n - 1) / n of the bytes of an all-reduce, (n - 1) / n of those of an all-gather
+(counted whole), n the devices that take part.
+
+The least possible, with these two operations: every gradient is all-reduced once, and
+every parameter that is split over fsdp is gathered once, in each pass over the batch
+(SAM has two); and for each BatchNorm the sums that its mean and its variance need (what
+the gradient through them needs are the gradients of its weight and bias). With
+reduce-scatter (TPU, GPU) less would be sent under fsdp; that is not measured here.
+
+MB of state: parameters, optimiser and averages, as arguments of the compiled program.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+BYTES |= {"f64": 8, "s64": 8, "u64": 8}
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+def collectives(program: str, devices: int) -> list[tuple[str, int, int]]:
+    """(kind, bytes of the result, devices in a group) of each in an HLO text."""
+    found = []
+    # %name = type operation(operands), attributes; of several results: (type, type).
+    result = r"^\s*(?:ROOT )?%?\S+ = (\([^)]*\)|\S+)"
+    pattern = re.compile(rf"{result} ({'|'.join(KINDS)})(?:-start)?\((.*)")
+    for line in program.splitlines():
+        if not (match := pattern.match(line)):
+            continue
+        result, kind, rest = match.groups()
+        size = 0
+        for kind_of_number, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size += BYTES[kind_of_number] * math.prod(
+                map(int, shape.split(",") if shape else [])
+            )
+        found.append((kind, size, _group(rest, devices)))
+    return found
+
+
+def _group(text: str, devices: int) -> int:
+    """Devices in a group; XLA writes groups in one of three ways."""
+    if match := re.search(r"replica_groups=mesh\[(.*?)\](.*)", text):
+        sizes = {n: int(s) for n, s in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
+        # The axes along which it works; 'axis':(before)size is a part of one.
+        axes = re.search(r"\{('.*?)\}", match.group(2))
+        named = axes.group(1) if axes else ""
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named)
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match.group(1))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(match.group(1).split(","))
+    return devices
+
+
+def sent(kind: str, size: float, group: int) -> float:
+    """Bytes that a device sends for one operation, by a ring."""
+    share = (group - 1) / group
+    if kind == "all-reduce":
+        return 2 * share * size
+    if kind == "reduce-scatter":  # its result is one part
+        return share * size * group
+    return size if kind == "collective-permute" else share * size
+
+
+def least(state: Any, fsdp: int, devices: int, passes: int, is_split: Any) -> float:
+    """Bytes that a device must send in a step; see the top of this file."""
+    import jax
+
+    params = jax.tree.leaves(state.params)
+    channels = jax.tree.leaves(state.batch_stats)  # a mean and a variance for each
+    reduced = sum(4 * x.size for x in [*params, *channels])
+    gathered = sum(4 * x.size for x in params if is_split(x))
+    once = sent("all-reduce", reduced, devices) + sent("all-gather", gathered, fsdp)
+    return passes * once
+
+
+def measure(config: Any, devices: int, fsdp: int) -> dict[str, Any]:
+    """The figures of one layout; the process has that many devices."""
+    import jax
+
+    from mljax import sharding, train
+
+    config.mesh.data, config.mesh.fsdp = devices // fsdp, fsdp
+    made = train.setup(config)
+    size = config.data.image_size
+    rows = sharding.batch_sharding(made.run.mesh)
+    batch = {
+        "image": (config.batch_size, size, size, 3),
+        "labels": (config.batch_size, len(made.run.class_names)),
+    }
+    kinds = {"image": "uint8", "labels": "int8"}
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, kinds[name], sharding=rows)
+        for name, shape in batch.items()
+    }
+    compiled = made.step_at(1).lower(made.state, arrays).compile()
+    found = collectives(compiled.as_text(), devices)
+    wire = sum(sent(*each) for each in found)
+    passes = 2 if config.sam.rho else 1
+    split = least(
+        made.state, fsdp, devices, passes, lambda x: not x.sharding.is_fully_replicated
+    )
+    analysis = compiled.memory_analysis()
+    batch_bytes = sum(math.prod(s) for s in batch.values()) / devices
+    return {
+        "layout": f"{devices // fsdp} x {fsdp}",
+        "devices": devices,
+        "operations": {k: sum(f[0] == k for f in found) for k in KINDS},
+        "sent_mb": wire / 1e6,
+        "least_mb": split / 1e6,
+        "ratio": wire / split if split else 1.0,
+        "state_mb": (analysis.argument_size_in_bytes - batch_bytes) / 1e6,
+    }
+
+
+def make_config(backbone: str, head: str, devices: int) -> Any:
+    from mljax import config as configs
+
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone, config.model.head = backbone, head
+    config.data.image_size = 64
+    config.batch_size = config.eval.batch_size = 2 * devices
+    config.data.num_train = config.data.num_val = 2 * devices
+    config.sam.rho = 0.05
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--fsdp", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--backbone", default="mobilenetv3_large_100")
+    parser.add_argument("--head", default="linear")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        (devices,), (fsdp,) = args.devices, args.fsdp
+        config = make_config(args.backbone, args.head, devices)
+        print(json.dumps(measure(config, devices, fsdp)))
+        return
+    print(f"{args.backbone} + {args.head}, SAM, float32")
+    print(
+        "| data x fsdp | all-reduce | all-gather | other | MB sent | least | ratio "
+        "| MB of state |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for devices in args.devices:
+        for fsdp in args.fsdp:
+            if devices % fsdp:
+                continue
+            # The number of devices is fixed once JAX has started.
+            env = os.environ | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                # Nothing is run: the machine code need not be good.
+                "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                "--xla_llvm_disable_expensive_passes=true",
+            }
+            command = [sys.executable, __file__, "--one", f"--devices={devices}"]
+            command += [f"--fsdp={fsdp}", f"--backbone={args.backbone}"]
+            command += [f"--head={args.head}"]
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(done.returncode)
+            row = json.loads(done.stdout.splitlines()[-1])
+            count = row["operations"]
+            other = sum(count[k] for k in KINDS[2:])
+            print(
+                f"| {row['layout']} | {count['all-reduce']} | {count['all-gather']} | "
+                f"{other} | {row['sent_mb']:.2f} | {row['least_mb']:.2f} | "
+                f"{row['ratio']:.3f} | {row['state_mb']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Trains with N processes on the CPU of this machine, as on N machines:
+#   bash launch/local_hosts.sh 2 --config configs/shapes.py:debug --workdir runs/two
+# Each line begins with the number of the process that wrote it. Ctrl-C and SIGTERM are
+# passed on, so that the run is saved; a second one kills. The exit code is 0, or that
+# of the first process to fail. DEVICES=4 simulates that many devices in each process.
+set -uo pipefail
+if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: bash $0 N ARGS...   (N processes of python -m mljax.main ARGS...)" >&2
+    exit 2
+fi
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo "error: needs bash 5.1 or newer, this is $BASH_VERSION" >&2
+    exit 1
+fi
+count=$1
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+if [ ! -x "$python" ] && ! command -v "$python" >/dev/null; then
+    echo "error: there is no $python: run launch/quickstart.sh once, or name one (PYTHON=python3)" >&2
+    exit 1
+fi
+port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=${DEVICES:-1} PYTHONUNBUFFERED=1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+# Jobs get process groups of their own: Ctrl-C reaches this script alone, which
+# decides what to do with it.
+set -m
+pids=()
+signals=0
+# shellcheck disable=SC2329 # called by the trap
+pass_on() {
+    signals=$((signals + 1))
+    if [ "$signals" -eq 1 ]; then
+        echo "local_hosts: stopping; the run is saved first (again: kill)" >&2
+        kill -TERM "${pids[@]}" 2>/dev/null
+    else
+        kill -KILL "${pids[@]}" 2>/dev/null
+    fi
+}
+trap pass_on INT TERM HUP
+
+for ((i = 0; i < count; i++)); do
+    # The reader of a process's lines is not in its way: it ends with the output.
+    "$python" -m mljax.main "$@" --coordinator "127.0.0.1:$port" \
+        --num-processes "$count" --process-id "$i" \
+        > >(trap '' INT TERM HUP; exec sed -u "s/^/[$i] /") \
+        2> >(trap '' INT TERM HUP; exec sed -u "s/^/[$i] /" >&2) &
+    pids+=($!)
+done
+
+code=0
+left=("${pids[@]}")
+while [ "${#left[@]}" -gt 0 ]; do
+    wait -n -p ended "${left[@]}"
+    ended_with=$?
+    [ -z "${ended:-}" ] && continue # a signal of ours, not an end
+    for i in "${!pids[@]}"; do
+        [ "${pids[$i]}" = "$ended" ] || continue
+        if [ "$ended_with" -ne 0 ]; then
+            [ "$code" -eq 0 ] && code=$ended_with
+            echo "local_hosts: process $i ended with exit code $ended_with" >&2
+        fi
+    done
+    rest=()
+    for pid in "${left[@]}"; do
+        [ "$pid" = "$ended" ] || rest+=("$pid")
+    done
+    left=("${rest[@]}")
+    unset ended
+done
+exit "$code"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Runs a command until it succeeds or fails by a mistake of its own:
+#   bash launch/restarting.sh python -m mljax.main ARGS...
+# Exit code 0 is success, 1 and 2 an error of the settings or the data, 130 Ctrl-C:
+# these end it. All else is a machine that went away (75: it was asked to go and has
+# saved; 134, 137, 143: it or another host died): the command starts again, at most
+# RESTARTS (100) times. SIGTERM to this script is passed on, and nothing starts again.
+set -uo pipefail
+asked=
+running=
+# shellcheck disable=SC2329 # called by the trap
+pass_on() {
+    asked=1
+    [ -z "$running" ] || kill -TERM "$running" 2>/dev/null
+}
+trap pass_on TERM
+
+for ((restart = 0; ; restart++)); do
+    "$@" &
+    running=$!
+    while wait "$running"; code=$?; kill -0 "$running" 2>/dev/null; do :; done
+    case "$code" in 0 | 1 | 2 | 130) exit "$code" ;; esac
+    if [ -n "$asked" ] || [ "$restart" -ge "${RESTARTS:-100}" ]; then
+        exit "$code"
+    fi
+    echo "restarting: exit code $code, start $((restart + 2))" >&2
+    sleep "${PAUSE:-5}"
+done

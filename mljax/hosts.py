@@ -1,0 +1,258 @@
+"""Several processes, often one a machine, that train as one.
+
+JAX's distributed service connects them and watches over them: when one dies it names
+it and ends the others. What is added here: every process ends with the reason for
+which one of them failed, at once and not after the service's timeout.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mljax.errors import Stopped, UserError, one_line
+
+_FAILED = "mljax/failed"
+_SETTINGS = "mljax/settings"
+_POLL = 1.0  # seconds between two looks at what the others report
+_LAST_WORDS = 10.0  # seconds in which the others read why one failed
+
+
+@contextlib.contextmanager
+def together(
+    args: argparse.Namespace, config: ConfigDict, settings: Mapping[str, Any]
+) -> Iterator[None]:
+    """Connects this process to the others for as long as it lasts.
+
+    Does nothing where there are no others. Where there are, a failure of one ends
+    them all, with its message and exit code 1.
+
+    Args:
+        args: mode, coordinator, num_processes, process_id, cluster: the command line.
+        config: `config.hosts`.
+        settings: what must be equal on all processes, as plain JSON.
+
+    Raises:
+        UserError: the others cannot be found, or have other settings.
+    """
+    _start(args, config)
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        yield
+        return
+    watcher = _Watcher()
+    try:
+        _check_same(settings, config.start_timeout)
+        yield
+    except BaseException as error:
+        if not isinstance(error, Stopped):
+            _fail(error, watcher, config)
+        watcher.stop()
+        jax.distributed.shutdown()
+        raise
+    watcher.stop()
+    jax.distributed.shutdown()
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of every process, in their order. All must call it.
+
+    value: plain JSON.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(text)))
+    # A power of two: few different lengths, few programs to compile.
+    padded = np.zeros(1 << int(np.max(sizes)).bit_length(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(row[:n].tobytes().decode())
+        for row, n in zip(rows, sizes, strict=True)
+    ]
+
+
+def of_first(value: Any) -> Any:
+    """The `value` of process 0 on all: for what they must not differ in."""
+    return gather(value)[0]
+
+
+def wait(name: str) -> None:
+    """Returns once all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def names() -> str:
+    """ "0 tpu-a, 1 tpu-b": which process runs where."""
+    found = gather(socket.gethostname())
+    return ", ".join(f"{i} {name}" for i, name in enumerate(found))
+
+
+def _start(args: argparse.Namespace, config: ConfigDict) -> None:
+    given = _address(args)
+    alone = os.environ.get("SLURM_NTASKS") == "1"
+    if args.cluster == "none" or (args.cluster == "auto" and alone and not given):
+        return
+    # JAX's service takes SIGTERM, which `preemption` then acts upon.
+    jax.config.update("jax_enable_preemption_service", args.mode == "train")
+    method = None if args.cluster == "auto" else args.cluster
+    if len(given) == 3:
+        method = "deactivate"
+    try:
+        jax.distributed.initialize(
+            **given,
+            cluster_detection_method=method,
+            initialization_timeout=config.start_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        if not given and method is None and "coordinator_address" in str(error):
+            return  # no cluster: an ordinary program
+        raise UserError(
+            f"the other processes cannot be found ({_short(error)}): give "
+            "--coordinator, --num-processes and --process-id, or --cluster=none"
+        ) from error
+    except RuntimeError as error:
+        if not given and method is None and "before any JAX calls" in str(error):
+            return  # a program that has computed something already: it is alone
+        address = given.get("coordinator_address", "the address of process 0")
+        raise UserError(
+            f"no connection of all processes at {address} within "
+            f"config.hosts.start_timeout = {config.start_timeout} s "
+            f"({_short(error)}): is each of them running, and the port free?"
+        ) from error
+
+
+def _address(args: argparse.Namespace) -> dict[str, Any]:
+    """What flags and environment say, under the names of JAX."""
+    found = {
+        "coordinator_address": args.coordinator,
+        "num_processes": args.num_processes,
+        "process_id": args.process_id,
+    }
+    variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    for name, variable in zip(found, variables, strict=True):
+        text = os.environ.get(variable)
+        if found[name] is None and text is not None:
+            number = name != "coordinator_address"
+            if number and not text.isdigit():
+                raise UserError(f"{variable}={text}: must be a whole number")
+            found[name] = int(text) if number else text
+    given = {name: value for name, value in found.items() if value is not None}
+    if "coordinator_address" in given:
+        host, colon, port = given["coordinator_address"].rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise UserError(
+                f"--coordinator {given['coordinator_address']}: must be HOST:PORT"
+            )
+    if len(given) == 3 and not 0 <= given["process_id"] < given["num_processes"]:
+        raise UserError(
+            f"--process-id {given['process_id']}: must be 0 to "
+            f"{given['num_processes'] - 1}, with --num-processes "
+            f"{given['num_processes']}"
+        )
+    return given
+
+
+def _check_same(settings: Mapping[str, Any], timeout: int) -> None:
+    """Raises UserError on a process that was started with other settings than 0."""
+    client = _client()
+    if jax.process_index() == 0:
+        client.key_value_set(_SETTINGS, json.dumps(settings))
+        return
+    first = json.loads(client.blocking_key_value_get(_SETTINGS, 1000 * timeout))
+    mine = json.loads(json.dumps(settings))
+    for key in first.keys() | mine.keys():
+        if first.get(key) != mine.get(key):
+            raise UserError(
+                f"{key} is {mine.get(key)!r} here and {first.get(key)!r} in process 0: "
+                "start all processes with the same settings"
+            )
+
+
+class _Watcher:
+    """A thread that looks for failures that other processes report.
+
+    The main thread may be inside a collective operation that will never end.
+    """
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._ended.wait(_POLL):
+            try:
+                found = _client().key_value_dir_get(_FAILED)
+            except RuntimeError:  # the service is gone: JAX says so, and ends this
+                return
+            if found and not self._ended.is_set():
+                _, message = found[0]
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                _leave(1)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def _fail(error: BaseException, watcher: _Watcher, config: ConfigDict) -> None:
+    """Tells the others why this process ends, and ends it."""
+    text = one_line(error)
+    if text is None and isinstance(error, jax.errors.JaxRuntimeError):
+        # Most likely because another process died or failed. If it failed the watcher
+        # knows in a moment; if it died JAX will say which one, and ends this program.
+        time.sleep(config.heartbeat_timeout + 2 * _LAST_WORDS)
+    watcher.stop()
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted: the same command goes on from here"
+    if text is None:
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {_short(error)}"
+    else:
+        print(f"error: {text}", file=sys.stderr)
+    with contextlib.suppress(RuntimeError):
+        here = f"process {jax.process_index()} on {socket.gethostname()}"
+        key = f"{_FAILED}/{jax.process_index()}"
+        _client().key_value_set(key, f"{here}: {text}")
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Ends this process. The others may hang: nothing that waits for them is run."""
+    with contextlib.suppress(RuntimeError):
+        # The service lives in process 0: it stays until all have read the message.
+        _client().wait_at_barrier("mljax/leave", int(1000 * _LAST_WORDS))
+        if jax.process_index() == 0:
+            time.sleep(_POLL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _client() -> Any:
+    # Orbax takes it from there too; there is no public name for it.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,149 @@
+"""How fast a run is and what it waits for: read off the clock every few steps."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mljax import memory
+
+# Dense bfloat16 FLOP/s of one device, as their makers give them. float32 is slower on
+# most, so a float32 run reaches a smaller share. Of prefixes the longest counts.
+PEAKS = {
+    "TPU v2": 22.5e12,  # of a core: JAX shows two for each chip of v2 and v3
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,
+    "NVIDIA V100": 125e12,
+    "Tesla V100": 125e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Speed:
+    """Collects times between two lines of the log.
+
+    Args:
+        batch_size: images in a step, over all devices.
+
+    Attributes:
+        flops: of one step, over all devices; 0 while it is not known.
+    """
+
+    def __init__(self, batch_size: int):
+        self.batch_size, self.flops = batch_size, 0.0
+        self.devices, self.peak = jax.device_count(), peak_of(jax.devices()[0])
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out what came before: evaluation, saving, compiling."""
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """`batches`, the waiting for which is counted."""
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - begun
+            yield batch
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The figures since `restart`, by their names in TensorBoard.
+
+        step_ms, data_wait_ms (of it), images_per_second, and the same of each device;
+        memory_gb; where they are known teraflops (a second and device) and
+        share_of_peak.
+        """
+        steps = max(1, self._steps)
+        seconds = (time.perf_counter() - self._since) / steps
+        images = self.batch_size / seconds
+        found = {
+            "step_ms": 1e3 * seconds,
+            "data_wait_ms": 1e3 * self._waited / steps,
+            "images_per_second": images,
+            "images_per_second_per_device": images / self.devices,
+            "memory_gb": memory.peak_bytes() / 1e9,
+        }
+        if self.flops:
+            rate = self.flops / seconds / self.devices
+            found["teraflops_per_device"] = rate / 1e12
+            if self.peak:
+                found["share_of_peak"] = rate / self.peak
+        return found
+
+
+def text(found: Mapping[str, float]) -> str:
+    """`Speed.read` in a line of the log."""
+    waiting = 100 * found["data_wait_ms"] / found["step_ms"]
+    parts = [f"{found['step_ms']:.0f} ms a step ({waiting:.0f}% waiting for data)"]
+    parts.append(f"{found['memory_gb']:.1f} GB")
+    if "teraflops_per_device" in found:
+        share = ""
+        if "share_of_peak" in found:
+            share = f" ({100 * found['share_of_peak']:.0f}% of peak)"
+        parts.append(f"{found['teraflops_per_device']:.3g} TFLOP/s{share}")
+    return "  ".join(parts)
+
+
+def peak_of(device: Any) -> float:
+    """FLOP/s of a device, 0 if its kind is not in the list."""
+    fitting = [name for name in PEAKS if device.device_kind.startswith(name)]
+    return PEAKS[max(fitting, key=len)] if fitting else 0.0
+
+
+def flops_of(step: Any, *arguments: Any) -> float:
+    """FLOPs that XLA counts in a jitted step, over all devices, before it optimises.
+
+    The second pass of SAM and what is computed again to save memory count too.
+
+    Args:
+        step: from `jax.jit`, called before with such arguments.
+        arguments: arrays or shape structs.
+    """
+    found = step.lower(*arguments).cost_analysis()
+    return float((found or {}).get("flops", 0.0))
+
+
+class Profiler:
+    """Writes a trace of some steps of process 0 where TensorBoard looks for it.
+
+    Args:
+        span: `config.profile`: "first:last" step, or "" for none.
+        folder: of TensorBoard's files.
+    """
+
+    def __init__(self, span: str, folder: Path):
+        first, _, last = span.partition(":")
+        wanted = bool(span) and jax.process_index() == 0
+        self._steps = range(int(first), int(last) + 1) if wanted else range(0)
+        self._folder, self._running = folder, False
+
+    def before(self, step: int) -> None:
+        """To be called before `step` is dispatched."""
+        if not self._running and step in self._steps:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, metrics: Any, ends: bool = False) -> Path | None:
+        """The folder of the trace once it is written; `metrics` are those of `step`.
+
+        ends: nothing follows, so that the trace ends as well.
+        """
+        if not self._running or (step + 1 in self._steps and not ends):
+            return None
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        self._running, self._steps = False, range(0)
+        return self._folder

@@ -1,0 +1,220 @@
+"""Two and four processes on this machine, and what becomes of them when one ends."""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host_runs import Hosts, finish
+from runs import load, same_results
+
+from mljax import config as configs
+from mljax import hosts
+from mljax.errors import UserError
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds processes through /proc"
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, Path]:
+    """The work directory of two processes that nobody disturbed, and the cache."""
+    folder = tmp_path_factory.mktemp("hosts")
+    done = finish(2, folder / "whole", folder / "cache")
+    assert "[0] hosts:   process 0 " in done.text
+    assert "[1] step" not in done.text  # one process speaks
+    return folder / "whole", folder / "cache"
+
+
+def test_sigterm_to_one_saves_on_all_and_the_bits_stay(undisturbed, tmp_path):
+    whole, cache = undisturbed
+    first = Hosts(2, tmp_path / "run", cache)
+    first.until_said("] step 4/16")
+    first.signal(1, signal.SIGTERM)
+    assert first.wait() == 75, first.text
+    saved = [line for line in first.lines if "stopped and saved at step" in line]
+    assert len(saved) == 2 and saved[0][4:] == saved[1][4:], first.text
+    step = saved[0].split("step ")[1].split(":")[0]
+    assert (tmp_path / "run" / "checkpoints" / step).is_dir()
+    again = finish(2, tmp_path / "run", cache)
+    assert f"resumed at step {step}" in again.text
+    same_results(whole, tmp_path / "run")
+
+
+def test_an_error_of_one_ends_all_with_its_message(undisturbed, tmp_path):
+    _, cache = undisturbed
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("not a run")  # only process 0 looks
+    begun = Hosts(2, tmp_path / "run", cache)
+    assert begun.wait(100) == 1, begun.text
+    for rank in (0, 1):
+        said = [x for x in begun.lines if x.startswith(f"[{rank}] error: ")]
+        assert len(said) == 1 and "is not empty and holds no mljax run" in said[0]
+    assert "process 0 on " in next(x for x in begun.lines if x.startswith("[1] error"))
+    assert "Traceback" not in begun.text
+    assert (tmp_path / "run" / "mine.txt").read_text() == "not a run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"coordinator": "here"}, "HOST:PORT"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "must be 0 to 1"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 2}, "--process-id"),
+        ({"cluster": "slurm"}, "--cluster=none"),
+    ],
+)
+def test_wrong_addresses(flags, words, monkeypatch):
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+    config = configs.common().hosts
+    args = argparse.Namespace(
+        **{
+            "coordinator": None,
+            "num_processes": None,
+            "process_id": None,
+            "cluster": "auto",
+            "mode": "eval",
+        }
+        | flags
+    )
+    # The tests have started JAX already; that comes after these checks.
+    monkeypatch.setattr(hosts.jax._src.xla_bridge, "_backends", {})
+    with pytest.raises(UserError, match=words), hosts.together(args, config, {}):
+        pass
+
+
+def test_alone_nothing_is_gathered():
+    assert hosts.gather({"a": [1, None]}) == [{"a": [1, None]}]
+    assert hosts.of_first("x") == "x"
+
+
+def losses(workdir: Path) -> list[float]:
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+def close(one: Path, other: Path) -> None:
+    """The same run but for the order of sums."""
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-4)
+    trees = [load(w / "checkpoints" / "16") for w in (one, other)]
+    for name, value in trees[0]["params"]["head"].items():
+        for leaf in value:
+            np.testing.assert_allclose(
+                value[leaf], trees[1]["params"]["head"][name][leaf], atol=1e-3
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigkill_to_one_ends_the_other_and_a_restart_finishes(
+    undisturbed, tmp_path, rank
+):
+    whole, cache = undisturbed
+    first = Hosts(2, tmp_path / "run", cache, "--config.hosts.heartbeat_timeout=10")
+    first.until_said("] step 5/16")
+    first.signal(rank, signal.SIGKILL)
+    begun = time.monotonic()
+    assert first.wait(60) not in (0, 1, 75), first.text
+    print(f"rank {rank} killed, the other ended after {time.monotonic() - begun:.0f} s")
+    assert f"process {rank} ended with exit code 137" in first.text
+    finish(2, tmp_path / "run", cache)
+    same_results(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_number_of_processes_may_change(undisturbed, tmp_path, count):
+    whole, cache = undisturbed
+    first = Hosts(2, tmp_path / "run", cache)
+    first.until_said("] step 6/16")
+    first.signal(0, signal.SIGTERM)
+    assert first.wait() == 75, first.text
+    again = finish(count, tmp_path / "run", cache)
+    assert "resumed at step" in again.text
+    close(whole, tmp_path / "run")
+    finish(1, tmp_path / "run", cache, "--mode=eval")
+    alone = json.loads((tmp_path / "run" / "eval.json").read_text())
+    finish(count, tmp_path / "run", cache, "--mode=eval")
+    together = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert alone == pytest.approx(together, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 16])
+def test_the_number_of_devices_may_change(undisturbed, tmp_path, devices):
+    whole, cache = undisturbed
+    more = "--config.eval.batch_size=32"
+    first = Hosts(1, tmp_path / "run", cache, more, "--config.mesh.fsdp=4", devices=8)
+    first.until_said("] step 6/16")
+    first.signal(0, signal.SIGTERM)
+    assert first.wait() == 75, first.text
+    again = finish(1, tmp_path / "run", cache, more, devices=devices)
+    assert "resumed at step" in again.text
+    close(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_four_processes_and_an_image_that_one_of_them_cannot_read(tmp_path):
+    from test_end_to_end import dataset
+
+    data = dataset(tmp_path / "data", count=24)
+    broken = data / "photos" / "train 3 é.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    more = [
+        "--config=configs/coco.py:debug",
+        "--config.batch_size=8",
+        "--config.data.image_size=32",
+        f"--config.data.root={data}",
+    ]
+    stop = Hosts(4, tmp_path / "stop", tmp_path / "cache", *more)
+    assert stop.wait(200) == 1, stop.text
+    for rank in range(4):
+        said = [x for x in stop.lines if x.startswith(f"[{rank}] error: ")]
+        assert len(said) == 1 and "train 3 é.jpg: cannot be read" in said[0]
+    done = finish(
+        4, tmp_path / "skip", tmp_path / "cache", *more, "--config.data.on_error=skip"
+    )
+    assert (tmp_path / "skip" / "unreadable.txt").read_text() == f"{broken}\n"
+    assert "could not be read" in done.text
+
+
+@pytest.mark.slow
+def test_fifty_random_kills(undisturbed, tmp_path):
+    """Of one or the other of two processes, at any moment; a run after the other."""
+    whole, cache = undisturbed
+    draw = random.Random(0)
+    begun = time.monotonic()
+    finish(2, tmp_path / "timing", cache)
+    longest = time.monotonic() - begun
+    kills = finished = 0
+    workdir = tmp_path / "run0"
+    while kills < 50:
+        hosts = Hosts(2, workdir, cache, "--config.hosts.heartbeat_timeout=5")
+        at = time.monotonic() + draw.uniform(0, 1.2 * longest)
+        if hosts.until(lambda at=at: time.monotonic() > at):
+            try:
+                hosts.signal(draw.randrange(2), signal.SIGKILL)
+            except (AssertionError, OSError):  # not yet started, or just ended
+                hosts.wait()
+                continue
+            kills += 1
+            code = hosts.wait()
+            assert code not in (1, 75), hosts.text
+        else:
+            code = hosts.wait()
+            assert code == 0, hosts.text
+        if code == 0:
+            same_results(whole, workdir)
+            finished += 1
+            shutil.rmtree(workdir)
+            workdir = tmp_path / f"run{kills}"
+    finish(2, workdir, cache)
+    same_results(whole, workdir)
+    print(f"{kills} kills, {finished + 1} runs finished, all with the same bits")

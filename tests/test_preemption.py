@@ -1,0 +1,163 @@
+"""A run that is asked to stop saves its last step, says so, and goes on to the bits."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from runs import ROOT, TINY, environment, last_line, same_results
+from tiny_program import Tiny
+
+from mljax import config, memory, models, preemption, speed, train
+from mljax.checkpoint import Checkpoints
+from mljax.errors import Stopped
+from mljax.terminal import Terminal
+
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path):
+    monkeypatch.setitem(models.BACKBONES, "tiny", Tiny)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    settings = config.load("configs/shapes.py", "debug")
+    settings.epochs, settings.batch_size = 3, 16  # of four steps
+    settings.data.update(num_train=64, num_val=32)
+    settings.model.update(backbone="tiny", dropout=0.1)
+    settings.eval.batch_size = 32
+    config.validate(settings)
+    yield settings
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+def stop_at(monkeypatch, step: int, number: signal.Signals) -> None:
+    """Sends a signal while `step` is in progress."""
+    speak = Terminal.step
+
+    def step_and_send(self, at, metrics, progress):
+        speak(self, at, metrics, progress)
+        if at == step - 1:  # it is absorbed once the next one runs
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Terminal, "step", step_and_send)
+
+
+def test_sigterm_at_any_step(settings, monkeypatch, tmp_path, capsys):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    settings.profile = "2:3"  # of config.json, which is compared, too
+    train.train(settings, str(tmp_path / "whole"))
+    said = capsys.readouterr().out
+    assert "ms a step (" in said and " GB  " in said and " TFLOP/s" in said
+    traces = list((tmp_path / "whole" / "tensorboard").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and "profile: " in said
+    # In the middle of an epoch; at the last step, where an evaluation is due.
+    for step in (6, 12):
+        run = tmp_path / f"run{step}"
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            stop_at(patch, step, signal.SIGTERM)
+            train.train(settings, str(run))
+        assert stopped.value.exit_code == preemption.RESTART == 75
+        assert f"saved at step {step}" in str(stopped.value)
+        assert f"epoch {step // 4}: mAP" not in capsys.readouterr().out or step % 4
+        train.train(settings, str(run))
+        assert f"resumed at step {step}" in capsys.readouterr().out
+        same_results(tmp_path / "whole", run)
+    assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.slow
+def test_killed_in_the_evaluation_that_was_left(settings, monkeypatch, tmp_path):
+    train.train(settings, str(tmp_path / "whole"))
+    run = str(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 8, signal.SIGTERM)
+        train.train(settings, run)
+
+    def die(self, row, decision):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Terminal, "evaluation", die)
+        train.train(settings, run)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 8
+    train.train(settings, run)
+    same_results(tmp_path / "whole", tmp_path / "run")
+
+
+def test_ctrl_c_saves_once_and_ends_at_once_the_second_time(
+    settings, monkeypatch, tmp_path, capsys
+):
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        stop_at(patch, 6, signal.SIGINT)
+        train.train(settings, str(tmp_path / "run"))
+    assert stopped.value.exit_code == 130
+    assert "Ctrl-C again" in capsys.readouterr().err
+    # pytest-xdist ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 8, signal.SIGINT)
+        stop_at(patch, 8, signal.SIGINT)
+        train.train(settings, str(tmp_path / "run"))
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_program_exits_with_75(tmp_path):
+    flags = [*TINY, "--config.model.backbone=tiny", "--config.epochs=400"]
+    process = subprocess.Popen(
+        [sys.executable, "tests/tiny_program.py", "main", *flags]
+        + [f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 75, error
+    assert last_line(error).endswith(": the same command goes on from here")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 400
+
+
+def test_figures_of_speed(monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock["now"])
+    found = speed.Speed(64)
+    found.devices, found.flops, found.peak = 8, 4e12, 1e12
+
+    def slow():
+        while True:
+            clock["now"] += 0.5
+            yield None
+
+    batches = found.timed(slow())
+    for _ in range(4):
+        next(batches)
+        clock["now"] += 1.5
+        found.step()
+    figures = found.read()
+    assert figures["step_ms"] == 2000 and figures["data_wait_ms"] == 500
+    assert figures["images_per_second"] == 32
+    assert figures["images_per_second_per_device"] == 4
+    assert figures["teraflops_per_device"] == 0.25 and figures["share_of_peak"] == 0.25
+    assert "2000 ms a step (25% waiting for data)" in speed.text(figures)
+    assert "0.25 TFLOP/s (25% of peak)" in speed.text(figures)
+    assert 1e8 < memory.peak_bytes() < 1e12
+
+
+def test_peaks_are_found_by_the_longest_name():
+    class Device:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    assert speed.peak_of(Device) == 989e12
+    Device.device_kind = "TPU v5 lite"
+    assert speed.peak_of(Device) == 197e12
+    Device.device_kind = "TPU v5p"
+    assert speed.peak_of(Device) == 459e12
+    Device.device_kind = "cpu"
+    assert speed.peak_of(Device) == 0
