@@ -2,8 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Colour = str | tuple[float, float, float, float]
 
 _MOST_LABELS = 100  # of more, those without an edge are left out
 _MOST_EDGES = 400  # of more, the strongest are drawn
@@ -12,16 +18,34 @@ _MOST_EDGES = 400  # of more, the strongest are drawn
 def draw(
     file: Path, class_names: Sequence[str], cooccurrence: np.ndarray, tau: float
 ) -> None:
-    """Writes a PNG. Labels that go together stand together; isolated ones are grey.
-
-    Args:
-        file: the PNG to write.
-        class_names: of the rows and columns.
-        cooccurrence: [num_classes, num_classes], P(j | i) in row i.
-        tau: pairs from this probability on are edges; the darker, the stronger.
-    """
+    """Writes a PNG of `figure`."""
     # The object interface: pyplot would pick a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    made = figure(class_names, cooccurrence, tau)
+    FigureCanvasAgg(made)
+    made.savefig(file)
+
+
+def figure(
+    class_names: Sequence[str],
+    cooccurrence: np.ndarray,
+    tau: float,
+    *,
+    ink: str = "#111111",
+    faint: str = "#999999",
+    weak_and_strong: tuple[Colour, Colour] = ("#9cc3e6", "#08306b"),
+    scale: bool = True,
+) -> "Figure":
+    """Labels that go together stand together; isolated ones are `faint`.
+
+    Args:
+        class_names: of the rows and columns.
+        cooccurrence: [num_classes, num_classes], P(j | i) in row i.
+        tau: pairs from this probability on are edges.
+        ink, faint, weak_and_strong: colours, of matplotlib.
+        scale: also draw which colour is which probability.
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
@@ -43,13 +67,12 @@ def draw(
     angles = 2 * np.pi * np.arange(len(shown)) / max(1, len(shown))
     at = dict(zip(shown, np.stack([np.cos(angles), np.sin(angles)], 1), strict=True))
 
-    figure = Figure(figsize=(11, 11.6), dpi=100)
-    FigureCanvasAgg(figure)
-    axis = figure.add_axes((0.02, 0.0, 0.96, 0.91))
+    made = Figure(figsize=(11, 11.6), dpi=100)
+    axis = made.add_axes((0.02, 0.0, 0.96, 0.91))
     axis.set_axis_off()
     axis.set_aspect("equal")
     axis.set(xlim=(-1.42, 1.42), ylim=(-1.42, 1.42))
-    colours = LinearSegmentedColormap.from_list("edges", ["#9cc3e6", "#08306b"])
+    colours = LinearSegmentedColormap.from_list("edges", weak_and_strong)
     strength = ScalarMappable(Normalize(min(tau, 0.99), 1), colours)
     for i, j in sorted(np.argwhere(edges), key=lambda e: cooccurrence[tuple(e)]):
         # Through a point nearer the centre: arrows between neighbours stay short, and
@@ -72,7 +95,7 @@ def draw(
         )
     size = float(np.clip(900 / max(1, len(shown)), 6, 13))
     for i, angle in zip(shown, angles, strict=True):
-        colour = "#111111" if linked[i] else "#999999"
+        colour = ink if linked[i] else faint
         axis.plot(*at[i], "o", color=colour, markersize=size / 3)
         x, y = 1.03 * at[i]
         axis.text(
@@ -85,12 +108,14 @@ def draw(
             rotation_mode="anchor",
             ha="right" if x < 0 else "left",
             va="center",
+            parse_math=False,  # a name with a dollar is no formula
         )
-    figure.text(0.02, 0.985, text, fontsize=12, va="top")
-    bar = figure.add_axes((0.72, 0.965, 0.25, 0.012))
-    figure.colorbar(strength, cax=bar, orientation="horizontal")
-    bar.set_xlabel("P(j | i)", fontsize=9)
-    figure.savefig(file)
+    made.text(0.02, 0.985, text, fontsize=12, va="top", color=ink)
+    if scale:
+        bar = made.add_axes((0.72, 0.965, 0.25, 0.012))
+        made.colorbar(strength, cax=bar, orientation="horizontal")
+        bar.set_xlabel("P(j | i)", fontsize=9)
+    return made
 
 
 def around_the_circle(edges: np.ndarray) -> list[int]:

@@ -1,0 +1,1 @@
+"""A trained run on one page: `python -m mljax.report --workdir DIR`."""

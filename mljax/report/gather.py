@@ -1,0 +1,218 @@
+"""What a work directory holds, and its best weights on the validation images."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mljax import config as configs
+from mljax import decision, evaluate, heatmaps, results, workdir
+from mljax.data import DATASETS
+from mljax.data.source import Source
+from mljax.errors import UserError
+from mljax.report import numbers, speed
+from mljax.report.curves import Curves, read_curves
+from mljax.run import check_names, make_run
+
+
+class Evaluation(NamedTuple):
+    """The best weights on the validation images that could be read.
+
+    Attributes:
+        p: probabilities, float32 [num_images, num_classes].
+        labels: int8 [num_images, num_classes] in {1, 0, -1}.
+        places: of the images in `source`.
+        unreadable: how many more there are.
+        report: of `evaluate.report`.
+        calibration: of `p`.
+    """
+
+    source: Source
+    p: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
+    unreadable: int
+    report: dict[str, Any]
+    calibration: numbers.Calibration
+
+
+class RunData(NamedTuple):
+    """Everything about one run that the page shows; what is None is in `missing`.
+
+    Attributes:
+        history: the rows of metrics.jsonl.
+        summary: metrics.json, or {} before the first evaluation.
+        about: the description of the best checkpoint, or {}.
+        graph: the arrays of label_graph.npz.
+        missing: a line for each thing that could not be had, with the reason.
+    """
+
+    name: str
+    folder: Path
+    config: ConfigDict
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    curves: Curves
+    about: dict[str, Any]
+    explainer: heatmaps.Explainer | None
+    costs: speed.Costs | None
+    evaluation: Evaluation | None
+    graph: dict[str, np.ndarray] | None
+    missing: list[str]
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.about.get("class_names") or self.summary.get("per_class", {}))
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What training wrote about the best weights, on val where it could."""
+        return self.summary.get("val") or self.summary.get("best") or {}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """mAP, CF1, ... of the evaluation, else those that training noted."""
+        return self.noted if self.evaluation is None else self.evaluation.report
+
+    @property
+    def average_precisions(self) -> dict[str, float]:
+        """By label; NaN where no image has it."""
+        found = self.summary.get("val", self.summary).get("per_class", {})
+        if self.evaluation is not None:
+            each = self.evaluation.report["per_class"]
+            found = dict(zip(self.class_names, each, strict=True))
+        return {name: np.nan if ap is None else ap for name, ap in found.items()}
+
+
+def gather(
+    name: str, folder: Path, root: str | None, say: Callable[[str], None]
+) -> RunData:
+    """Reads the work directory and runs its best weights.
+
+    Args:
+        name: of the run on the page.
+        folder: absolute.
+        root: where the data is now, or None: where the run had it.
+        say: is told what takes time.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    config, missing = workdir.read_config(folder), []
+
+    def attempt(what: str, job: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return job()
+        except (UserError, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            missing.append(f"{what}: {reason}")
+            return otherwise
+
+    history = attempt(
+        "the evaluations of training", lambda: workdir.read_history(folder, 2**62), []
+    )
+    summary = attempt("the summary of training", lambda: _summary(folder), {})
+    curves = attempt(
+        "loss, learning rate and speed of each step",
+        lambda: read_curves(folder / "tensorboard"),
+        Curves({}, None),
+    )
+    graph = None
+    if (folder / "label_graph.npz").exists():
+        graph = attempt("the label graph", lambda: _graph(folder), None)
+    about: dict[str, Any] = {}
+    explainer, costs, evaluation = None, None, None
+    loaded = attempt("the best weights", lambda: _model(folder), None)
+    if loaded is None:
+        missing.append("all that needs the best weights and the validation images")
+    else:
+        model, about = loaded
+        explainer = heatmaps.Explainer(
+            model, about, decision.default(len(about["class_names"]))
+        )
+        say(f"{name}: measuring the speed")
+        costs = attempt(
+            "the speed", lambda: speed.measure(model, explainer.config), None
+        )
+        say(f"{name}: evaluating on the validation images")
+        evaluation = attempt(
+            "all that needs the validation images",
+            lambda: _evaluate(folder, config, about, root),
+            None,
+        )
+    return RunData(
+        name=name,
+        folder=folder,
+        config=config,
+        history=history,
+        summary=summary,
+        curves=curves,
+        about=about,
+        explainer=explainer,
+        costs=costs,
+        evaluation=evaluation,
+        graph=graph,
+        missing=missing,
+    )
+
+
+def _model(folder: Path) -> tuple[Any, dict[str, Any]]:
+    from mljax.models import folded, pretrained
+
+    model, about = pretrained.restore(folder)
+    return folded(model), about
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    file = folder / workdir.SUMMARY
+    if not file.exists():
+        raise UserError(f"there is no {file.name}: no evaluation was reached")
+    return json.loads(file.read_text())
+
+
+def _graph(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "label_graph.npz", allow_pickle=False) as stored:
+        return {name: stored[name] for name in ("class_names", "cooccurrence", "tau")}
+
+
+def _evaluate(
+    folder: Path, config: ConfigDict, about: Mapping[str, Any], root: str | None
+) -> Evaluation:
+    config = config.copy_and_resolve_references()
+    if root is not None:
+        config.data.root = root
+    config.data.on_error = "skip"  # the page says how many
+    # On the devices of this machine, whatever the run had.
+    config.mesh.data, config.mesh.fsdp, config.optim.accumulate = -1, 1, 1
+    devices = jax.device_count()
+    batch = devices * math.ceil(config.eval.batch_size / devices)
+    config.batch_size = config.eval.batch_size = batch
+    configs.validate(config)
+    check_names(config)
+    val = DATASETS[config.data.name](config.data, config.seed).val
+    results.need_positives(val, "val")
+    workdir.check_same_classes(str(folder), about, val.class_names)
+    run = make_run(config, val.class_names)
+    run, variables, _ = results.best_weights(run, folder)
+    scores = run.scores({"best": variables}, val)["best"]
+    read = ~np.isin(scores.places, scores.unreadable)
+    if not read.any():
+        raise UserError("none of the validation images can be read")
+    readable = evaluate.Scores(
+        scores.outputs[read], scores.labels[read], scores.places[read], np.zeros(0, int)
+    )
+    p = np.asarray(run.probabilities(readable.outputs))
+    return Evaluation(
+        source=val,
+        p=p,
+        labels=readable.labels,
+        places=readable.places,
+        unreadable=len(scores.unreadable),
+        report=evaluate.report(readable, run.probabilities),
+        calibration=numbers.calibration(p, readable.labels),
+    )

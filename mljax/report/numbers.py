@@ -1,0 +1,147 @@
+"""What the report shows beyond `mljax.metrics`: curves, thresholds, confusions.
+
+Labels are 1, 0 or -1 (not annotated: left out of everything).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+BINS = 15  # of probability, for calibration
+GRID = np.linspace(0, 1, 101)  # recalls at which labels' curves are compared
+
+
+class Curve(NamedTuple):
+    """Precision and recall at every threshold, from the highest: [num_thresholds]."""
+
+    recall: np.ndarray
+    precision: np.ndarray
+    threshold: np.ndarray
+
+    def at(self, recalls: np.ndarray) -> np.ndarray:
+        """The highest precision at each of these recalls or above."""
+        best = np.maximum.accumulate(self.precision[::-1])[::-1]
+        place = np.searchsorted(self.recall, recalls - 1e-12)
+        return best[np.minimum(place, len(best) - 1)]
+
+
+def curve(scores: np.ndarray, labels: np.ndarray) -> Curve | None:
+    """Of one label, or of all pooled: arrays of one shape. None without a positive."""
+    known = labels != -1
+    scores, positive = scores[known], labels[known] == 1
+    if not positive.any():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    scores, positive = scores[order], positive[order]
+    last = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # of equal scores
+    right, retrieved = np.cumsum(positive)[last], last + 1
+    return Curve(right / right[-1], right / retrieved, scores[last])
+
+
+class Thresholds(NamedTuple):
+    """For each class a threshold, and what it gives; NaN without a positive: [C]."""
+
+    threshold: np.ndarray
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+
+
+def best_thresholds(p: np.ndarray, labels: np.ndarray) -> Thresholds:
+    """The threshold of the highest F1 of each class on these very images.
+
+    Args:
+        p: probabilities [num_images, num_classes].
+        labels: [num_images, num_classes].
+    """
+    found = np.full((4, p.shape[1]), np.nan)
+    for c in range(p.shape[1]):
+        points = curve(p[:, c], labels[:, c])
+        if points is None:
+            continue
+        recall, precision, scores = points
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(np.argmax(f1))
+        # A label is said above the threshold: midway to the next lower score.
+        below = scores[best + 1] if best + 1 < len(scores) else 0.0
+        middle = (float(scores[best]) + float(below)) / 2
+        found[:, c] = middle, precision[best], recall[best], f1[best]
+    return Thresholds(*found)
+
+
+def at_thresholds(
+    p: np.ndarray, labels: np.ndarray, thresholds: float | np.ndarray
+) -> Thresholds:
+    """What given thresholds ([C] or one number) give; 0/0 = 0."""
+    predicted, positive = (p > thresholds) & (labels != -1), labels == 1
+    right = (predicted & positive).sum(0)
+    precision = right / np.maximum(predicted.sum(0), 1)
+    recall = right / np.maximum(positive.sum(0), 1)
+    f1 = 2 * right / np.maximum(predicted.sum(0) + positive.sum(0), 1)
+    each = np.broadcast_to(np.asarray(thresholds, float), p.shape[1:])
+    return Thresholds(each, precision, recall, f1)
+
+
+class Calibration(NamedTuple):
+    """Entries (image, class) sorted into equal bins of probability.
+
+    Attributes:
+        said, true: mean probability and share of positives in each bin that has any.
+        entries: how many are in it.
+        error: the mean over all entries of |said - true| of their bin (ECE).
+    """
+
+    said: np.ndarray
+    true: np.ndarray
+    entries: np.ndarray
+    error: float
+
+
+def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
+    """Reliability of probabilities [num_images, num_classes] (Naeini et al. 2015)."""
+    known = labels != -1
+    p, y = p[known].astype(np.float64), labels[known] == 1
+    place = np.clip((p * bins).astype(int), 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    used = count > 0
+    said = np.bincount(place, p, bins)[used] / count[used]
+    true = np.bincount(place, y, bins)[used] / count[used]
+    error = np.sum(np.abs(said - true) * count[used]) / max(1, len(p))
+    return Calibration(said, true, count[used], float(error))
+
+
+def confusions(
+    p: np.ndarray, labels: np.ndarray, threshold: float | np.ndarray = 0.5
+) -> np.ndarray:
+    """In how many images label i is missed and label j is wrongly said.
+
+    Args:
+        p: probabilities [num_images, num_classes].
+        labels: [num_images, num_classes].
+        threshold: one number, or [num_classes].
+
+    Returns:
+        Integers [num_classes, num_classes], row i the missed one.
+    """
+    missed = (labels == 1) & (p <= threshold)
+    wrong = (labels == 0) & (p > threshold)
+    # float32 products are exact up to 2^24 images, and fast.
+    return (missed.astype(np.float32).T @ wrong.astype(np.float32)).astype(int)
+
+
+def entry_losses(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """-log of the probability of what is true, 0 where unknown: the shape of p."""
+    p = np.clip(p.astype(np.float64), 1e-6, 1 - 1e-6)
+    losses = -np.where(labels == 1, np.log(p), np.log1p(-p))
+    return np.where(labels == -1, 0.0, losses)
+
+
+def most_wrong(p: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the images with the highest log loss over their labels, highest first.
+
+    Only images in which something known is wrong at 0.5.
+    """
+    wrong = ((p > 0.5) != (labels == 1)) & (labels != -1)
+    loss = np.where(wrong.any(1), entry_losses(p, labels).sum(1), -1.0)
+    order = np.argsort(-loss, kind="stable")[:count]
+    return order[loss[order] >= 0]
