@@ -270,25 +270,28 @@ def make_loss(
     return loss
 
 
-def probabilities(outputs: ArrayLike, loss_config: Mapping[str, Any]) -> jax.Array:
-    """What a model trained with this loss says, as probabilities.
+def logits(outputs: ArrayLike, loss_config: Mapping[str, Any]) -> jax.Array:
+    """What the sigmoid is taken of, for a model trained with this loss.
 
     Args:
       outputs: [..., num_classes], cosines for `aam`, logits otherwise.
       loss_config: `config.loss`.
 
     Returns:
-      sigmoid(scale * outputs) for `aam`, sigmoid(outputs) otherwise; the shape of
-      outputs, float32 or float64.
+      scale * outputs for `aam`, outputs otherwise; the shape of outputs, float32 or
+      float64.
 
     Raises:
       ValueError: there is no such loss.
     """
     name = loss_config["name"]
     outputs = _at_least_float32(outputs)
-    if is_angular(name):
-        outputs = loss_config[name]["scale"] * outputs
-    return jax.nn.sigmoid(outputs)
+    return loss_config[name]["scale"] * outputs if is_angular(name) else outputs
+
+
+def probabilities(outputs: ArrayLike, loss_config: Mapping[str, Any]) -> jax.Array:
+    """sigmoid of `logits`: what a model trained with this loss says."""
+    return jax.nn.sigmoid(logits(outputs, loss_config))
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -177,6 +177,17 @@ def _harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
+def checked(name: str, values: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
+    """Both as arrays.
+
+    Raises ValueError, naming `name`, unless they have one shape [num_images,
+    num_classes], the values are numbers and the labels 1, 0 or -1.
+    """
+    values, labels = _check_shapes(name, values, labels)
+    _check_values(name, values, labels)
+    return values, labels
+
+
 def _check_shapes(
     name: str, values: ArrayLike, labels: ArrayLike
 ) -> tuple[NDArray, NDArray]:

@@ -12,16 +12,19 @@ prepared. Nothing in it is executed, and TensorFlow is not needed.
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mljax import memory
 from mljax.errors import UserError
 from mljax.prediction_files import FORMATS, Row, find_images, writer
+
+if TYPE_CHECKING:
+    from mljax.decision import Decision
 
 BATCH = 32
 
@@ -32,10 +35,39 @@ def load(checkpoint: str | Path, batch_size: int = BATCH) -> "Predictor":
     Raises:
         UserError: there is no checkpoint, or it is damaged or of a newer version.
     """
+    from mljax import checkpoint as checkpoints
+    from mljax import decision
     from mljax.models import folded, pretrained
 
-    model, about = pretrained.restore(checkpoint)
-    return Predictor(folded(model), about, batch_size)
+    step = checkpoints.find_best(Path(checkpoint).absolute())
+    model, about = pretrained.restore(step)
+    decided = decision.load(step, about["class_names"])
+    return from_model(folded(model), about, decided, batch_size)
+
+
+def from_model(
+    model: Any, about: dict[str, Any], decided: "Decision", batch_size: int = BATCH
+) -> "Predictor":
+    """A predictor of a module, for images of the config in `about`."""
+    import jax
+
+    from mljax import config as configs
+    from mljax import decision, step
+    from mljax.data.augment import normalise
+    from mljax.models.functional import as_function, split
+
+    config, weights = configs.from_dict(about["config"]), split(model)
+    outputs_of = step.make_eval_step(
+        as_function(model), normalise, flip=config.eval.flip
+    )
+
+    @jax.jit
+    def run(weights: Any, images: jax.Array) -> jax.Array:
+        params, batch_stats = weights
+        outputs = outputs_of(params, batch_stats, images)
+        return decision.probabilities(outputs, config.loss, decided.calibration)
+
+    return Predictor(lambda images: run(weights, images), about, decided, batch_size)
 
 
 class Predictor:
@@ -43,31 +75,28 @@ class Predictor:
 
     Attributes:
         class_names: of the columns of probabilities.
+        thresholds: float32 [num_classes]; a label is said above its own. Those of the
+            checkpoint (`mljax.thresholds`), else 0.5.
         config: of the run that trained it.
         batch_size: images computed at a time.
     """
 
-    def __init__(self, model: Any, about: dict[str, Any], batch_size: int = BATCH):
-        import jax
-
+    def __init__(
+        self,
+        run: Callable[[np.ndarray], Any],
+        about: Mapping[str, Any],
+        decided: "Decision",
+        batch_size: int = BATCH,
+    ):
+        """run: uint8 [batch, height, width, 3] -> float32 [batch, num_classes]."""
         from mljax import config as configs
-        from mljax import losses
-        from mljax.data.augment import normalise
-        from mljax.models.functional import as_function, split
 
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: must be at least 1")
         self.class_names: list[str] = list(about["class_names"])
+        self.thresholds = decided.thresholds
         self.config = configs.from_dict(about["config"])
         self.batch_size = batch_size
-        self._weights = split(model)
-        apply = as_function(model)
-
-        @jax.jit
-        def run(weights: Any, images: jax.Array) -> jax.Array:
-            outputs, _ = apply(*weights, normalise(images), train=False)
-            return losses.probabilities(outputs, self.config.loss)
-
         self._run = run
 
     def predict(self, images: Any) -> np.ndarray:
@@ -93,17 +122,21 @@ class Predictor:
             rows.append(row.probabilities)
         return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), "f4")
 
-    def labels(self, images: Any, threshold: float = 0.5) -> list[list[str]]:
+    def labels(self, images: Any, threshold: float | None = None) -> list[list[str]]:
         """The names of the labels with probability > threshold, the likeliest first.
 
-        `images` and errors as in `predict`.
+        threshold: one for all classes; None: `thresholds`. `images` and errors as in
+        `predict`.
         """
         return [self.names(p, threshold) for p in self.predict(images)]
 
-    def names(self, probabilities: np.ndarray, threshold: float = 0.5) -> list[str]:
-        """The labels in a row of probabilities [num_classes]."""
+    def names(
+        self, probabilities: np.ndarray, threshold: float | None = None
+    ) -> list[str]:
+        """The labels in a row of probabilities [num_classes], as `labels`."""
         order = np.argsort(-probabilities, kind="stable")
-        return [self.class_names[i] for i in order if probabilities[i] > threshold]
+        said = probabilities > (self.thresholds if threshold is None else threshold)
+        return [self.class_names[i] for i in order if said[i]]
 
     def each(self, images: Iterable[Any]) -> Iterator[Row]:
         """One row an image, in order; an unreadable one has an error instead."""
@@ -119,7 +152,7 @@ class Predictor:
     def _batch(self, batch: list[Any], pool: ThreadPoolExecutor) -> Iterator[Row]:
         read = list(pool.map(self._read, batch))
         pixels = [image for image in read if isinstance(image, np.ndarray)]
-        found = iter(self._probabilities(pixels))
+        found = iter(self.probabilities(pixels))
         for image, result in zip(batch, read, strict=True):
             path = str(image) if isinstance(image, str | Path) else "an image"
             if isinstance(result, str):
@@ -131,21 +164,20 @@ class Predictor:
         """Pixels of the size that the model takes, or why there are none."""
         from mljax import images
 
-        data = self.config.data
         try:
-            pixels = images.read(image, data.max_pixels)
+            return images.load(image, self.config.data)
         except images.UnreadableImage as error:
             return str(error)
-        return images.resize(pixels, data.image_size, data.antialias)
 
-    def _probabilities(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        if not pixels:
+    def probabilities(self, pixels: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Of at most `batch_size` images of the size that the model takes, uint8."""
+        if not len(pixels):
             return np.zeros((0, len(self.class_names)), np.float32)
         # Few sizes of batches, each compiled once: powers of two, and the full one.
         count = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
         batch = np.zeros((count, *pixels[0].shape), np.uint8)
         batch[: len(pixels)] = pixels
-        return np.asarray(self._run(self._weights, batch))[: len(pixels)]
+        return np.asarray(self._run(batch))[: len(pixels)]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -164,7 +196,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "image, or a text file with a path a line",
     )
     add("--output", required=True, metavar="FILE", help=", ".join(FORMATS))
-    add("--threshold", type=float, default=0.5, help="labels above it (default: 0.5)")
+    add(
+        "--threshold",
+        type=float,
+        help="labels above it (default: those chosen by mljax.thresholds, else 0.5)",
+    )
     add("--batch-size", type=int, default=BATCH, help=f"default: {BATCH}")
     add("--show", metavar="PNG", help="also draw some of the images with their labels")
     add("--overwrite", action="store_true", help="replace files that exist")
@@ -172,7 +208,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not 0 <= args.threshold < 1:
+    if args.threshold is not None and not 0 <= args.threshold < 1:
         raise UserError(f"--threshold={args.threshold}: must be at least 0, below 1")
     for flag, name in (("--output", args.output), ("--show", args.show)):
         if name and Path(name).exists() and not args.overwrite:
@@ -212,13 +248,16 @@ def _progress(done: int, total: int) -> None:
         print(f"\r[{bar:<30}] {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
-def _draw(file: Path, rows: list[Row], model: Predictor, threshold: float) -> None:
+def _draw(
+    file: Path, rows: list[Row], model: Predictor, threshold: float | None
+) -> None:
     from mljax import images, pictures
 
     pixels = [images.read(row.path, model.config.data.max_pixels) for row in rows]
     probabilities = np.array([row.probabilities for row in rows])
     names = model.class_names
-    pictures.sheet(file, pixels, probabilities, None, names, threshold)
+    above = model.thresholds if threshold is None else threshold
+    pictures.sheet(file, pixels, probabilities, None, names, above)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,3 +20,16 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name}, which is kept outside the repository")
     return path
+
+
+@pytest.fixture(scope="module")
+def small_backbones():
+    """Backbones of one layer, which compile at once: "small_mobile", "small_resnet"."""
+    from small_networks import SMALL
+
+    from mljax.models import BACKBONES
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, make in SMALL.items():
+            patch.setitem(BACKBONES, name, make)
+        yield

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -56,11 +57,21 @@ def same_results(one: Path, other: Path) -> None:
     for folder in ("checkpoints", "best"):
         steps = [max(int(p.name) for p in (w / folder).iterdir()) for w in (one, other)]
         assert steps[0] == steps[1], folder
-        trees = [ocp.load(w / folder / str(steps[0])) for w in (one, other)]
+        trees = [load(w / folder / str(steps[0])) for w in (one, other)]
         flat = [_flatten(tree) for tree in trees]
         assert flat[0].keys() == flat[1].keys()
         for name, value in flat[0].items():
             assert value.tobytes() == flat[1][name].tobytes(), f"{folder}: {name}"
+
+
+def load(step: Path):
+    """All arrays of a saved step, on the first device, by whatever it was written."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        ocp.metadata(step, checkpointable_name="state").metadata,
+    )
+    return ocp.load(step, wanted, checkpointable_name="state")
 
 
 def _flatten(tree, prefix="") -> dict[str, np.ndarray]:

@@ -97,11 +97,18 @@ def test_own_files_with_unreadable_images_skipped(trained, tmp_path):
     done = run(tmp_path / "stop", cache, *FILES, root)
     assert done.returncode == 1
     assert "train 0 é.jpg: cannot be read" in last_line(done.stderr)
-    done = run(tmp_path / "skip", cache, *FILES, root, "--config.data.on_error=skip")
+    missing = data / "photos" / "val 3 é.jpg"
+    missing.unlink()
+    skip = "--config.data.on_error=skip"
+    done = run(tmp_path / "skip", cache, *FILES, root, skip)
     assert done.returncode == 0, done.stderr
     unreadable = (tmp_path / "skip" / "unreadable.txt").read_text()
-    assert unreadable == f"{broken}\n"
-    assert "could not be read" in done.stdout
+    assert unreadable == f"{broken}\n{missing}\n"
+    assert "2 images could not be read" in done.stdout
+    done = run(tmp_path / "skip", cache, *FILES, root, skip, "--mode=eval")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "skip" / "eval.json").read_text())
+    assert found["unreadable"] == [str(missing)]
 
 
 def break_missing(data: Path) -> list[str]:

@@ -9,9 +9,10 @@ import pytest
 from small_networks import SMALL
 from test_label_graph import some_graph
 
-from mljax import checkpoint, results, train
+from mljax import checkpoint, results
 from mljax import config as configs
 from mljax.data import DATASETS
+from mljax.evaluate_workdir import evaluate_workdir
 from mljax.label_graph_data import LabelGraph
 from mljax.models import BACKBONES, folded
 from mljax.models.functional import split
@@ -79,7 +80,7 @@ def test_evaluation_never_runs_the_graph(tmp_path, monkeypatch, capsys):
         raise AssertionError("the graph head was run")
 
     monkeypatch.setattr(GraphHead, "__call__", unused)
-    found = train.evaluate_workdir(config, str(tmp_path))
+    found = evaluate_workdir(config, str(tmp_path))
     assert found["step"] == 1
     assert json.loads((tmp_path / "eval.json").read_text())["mAP"] == found["mAP"]
     assert "mAP" in capsys.readouterr().out
@@ -89,8 +90,8 @@ def test_an_imported_directory_is_evaluated_as_it_is(tmp_path):
     config, run, variables = a_run(tmp_path / "run")
     about = checkpoint.load_variables(tmp_path / "run" / "best" / "1")[1]
     checkpoint.save_variables(tmp_path / "imported", variables, about)
-    there = train.evaluate_workdir(config, str(tmp_path / "imported"))
-    here = train.evaluate_workdir(config, str(tmp_path / "run"))
+    there = evaluate_workdir(config, str(tmp_path / "imported"))
+    here = evaluate_workdir(config, str(tmp_path / "run"))
     assert there.pop("step") == 0 and here.pop("step") == 1
     assert here == there
     # With eval.json in it, it is still a checkpoint.

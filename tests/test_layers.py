@@ -276,3 +276,20 @@ def test_drawing_a_network_is_cheap():
     for i in range(100):
         layers.draw(rngs, "normal", (100 + i, 200), 1.0, "float32")
     assert time.process_time() - start < 3
+
+
+def test_batch_norm_of_groups_is_that_of_each_alone():
+    x = np.random.default_rng(0).normal(size=(8, 3, 3, 5)).astype(np.float32)
+    x[4:] += 2
+    both = layers.BatchNorm(5)
+    both.groups = 2
+    y = both(jnp.asarray(x), train=True)
+    alone = [layers.BatchNorm(5), layers.BatchNorm(5)]
+    parts = [
+        bn(jnp.asarray(x[4 * i : 4 * i + 4]), train=True) for i, bn in enumerate(alone)
+    ]
+    np.testing.assert_allclose(y, np.concatenate(parts), atol=1e-6)
+    for stat in ("running_mean", "running_var"):
+        mean = sum(getattr(bn, stat)[...] for bn in alone) / 2
+        np.testing.assert_allclose(getattr(both, stat)[...], mean, atol=1e-6)
+    np.testing.assert_array_equal(both(jnp.asarray(x)).shape, x.shape)

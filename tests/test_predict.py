@@ -15,7 +15,8 @@ from flax import nnx
 from PIL import Image
 from runs import ROOT
 
-from mljax import images, losses, models, predict, step
+from mljax import config as configs
+from mljax import decision, images, losses, models, predict, step
 from mljax.checkpoint import FORMAT, Checkpoints
 from mljax.config import common
 from mljax.data import augment
@@ -228,3 +229,43 @@ def test_needs_no_tensorflow(checkpoint):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_mirror_images_have_a_say(checkpoint):
+    _, model, config = checkpoint
+    given = np.stack([draw(i, 32, 32) for i in range(3)])
+    evaluate = step.make_eval_step(as_function(model), augment.normalise, flip=True)
+    expected = losses.probabilities(evaluate(*split(model), given), config.loss)
+    stored = config.to_dict()
+    stored["eval"]["flip"] = True
+    about = {"class_names": NAMES, "config": stored}
+    found = predict.from_model(model, about, decision.default(len(NAMES))).predict(
+        given
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    stored["eval"]["flip"] = False
+    assert (
+        np.abs(
+            predict.from_model(model, about, decision.default(len(NAMES))).predict(
+                given
+            )
+            - found
+        )
+        > 1e-5
+    ).any()
+
+
+def test_pictures_that_are_not_square(checkpoint):
+    _, model, config = checkpoint
+    stored = config.to_dict()
+    stored["data"].update(image_size=[32, 48], fit="letterbox")
+    about = {"class_names": NAMES, "config": json.loads(json.dumps(stored))}
+    found = predict.from_model(model, about, decision.default(len(NAMES))).predict(
+        [draw(0, 90, 60)]
+    )
+    data = configs.from_dict(stored).data
+    pixels = images.load(draw(0, 90, 60), data)[None]
+    assert pixels.shape == (1, 32, 48, 3)
+    evaluate = step.make_eval_step(as_function(model), augment.normalise)
+    expected = losses.probabilities(evaluate(*split(model), pixels), config.loss)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -12,6 +12,7 @@ from runs import same_results
 from mljax import checkpoint, config, models, train
 from mljax.checkpoint import Checkpoints
 from mljax.errors import UserError
+from mljax.evaluate_workdir import evaluate_workdir
 from mljax.models import pretrained
 from mljax.models.blocks import Blocks
 from mljax.models.layers import BatchNorm, Conv
@@ -112,7 +113,7 @@ def test_stopped_and_resumed_with_everything_on(
 
 def used(settings, folder, summary):
     """`best/` holds one ordinary network."""
-    train.evaluate_workdir(settings, str(folder))
+    evaluate_workdir(settings, str(folder))
     found = json.loads((folder / "eval.json").read_text())
     assert found["mAP"] == pytest.approx(summary["best"]["mAP"], abs=1e-6)
     step = checkpoint.find_best(folder)

@@ -10,7 +10,9 @@ import contextlib
 import contextvars
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +20,53 @@ from jax import lax
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
-_plain = contextvars.ContextVar("plain", default=False)
+_HERE, _PLAIN, _PORTABLE = "here", "plain", "portable"
+_forms = contextvars.ContextVar("forms", default=_HERE)
 
 
-def is_used() -> bool:
-    """Whether a model that is traced now takes the forms of this file."""
-    return jax.default_backend() == "cpu" and not _plain.get()
+def choose(
+    fast: Callable[..., jax.Array], plain: Callable[..., jax.Array], *operands: Any
+) -> jax.Array:
+    """`fast(*operands)` where a model is computed on a CPU, else `plain(*operands)`.
+
+    What is traced inside `plain_forms` or `portable_forms` chooses as these say.
+    """
+    forms = _forms.get()
+    if forms == _PORTABLE:
+        return lax.platform_dependent(*operands, cpu=fast, default=plain)
+    on_cpu = forms == _HERE and jax.default_backend() == "cpu"
+    return (fast if on_cpu else plain)(*operands)
+
+
+def is_plain() -> bool:
+    """Whether a model that is traced now is made of convolutions alone."""
+    return _forms.get() == _PLAIN
+
+
+def plain_forms() -> AbstractContextManager[None]:
+    """What is traced inside takes the plain convolutions on every backend.
+
+    For runtimes that know convolutions (ONNX), and for those who look at the
+    computation instead of running it. Those of one pixel are no matrix products then.
+    """
+    return _using(_PLAIN)
+
+
+def portable_forms() -> AbstractContextManager[None]:
+    """What is traced inside holds both forms; the platform that compiles it chooses.
+
+    For programs that are lowered for several platforms at once. No gradients.
+    """
+    return _using(_PORTABLE)
 
 
 @contextlib.contextmanager
-def plain_forms() -> Iterator[None]:
-    """What is traced inside takes the plain forms on every backend.
-
-    For those who look at the computation instead of running it here.
-    """
-    token = _plain.set(True)
+def _using(forms: str) -> Iterator[None]:
+    token = _forms.set(forms)
     try:
         yield
     finally:
-        _plain.reset(token)
+        _forms.reset(token)
 
 
 def _tap(x: jax.Array, i: int, j: int, size: tuple[int, int], stride: int) -> jax.Array:

@@ -21,9 +21,10 @@ from mljax.models import cpu
 
 Padding = int | str  # pixels on every side, or "same": TensorFlow's SAME
 
+# Looked up when they are called: jax2onnx puts its own in place of them.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "hard_swish": jax.nn.hard_swish,  # x relu6(x + 3) / 6
+    "relu": lambda x: jax.nn.relu(x),
+    "hard_swish": lambda x: jax.nn.hard_swish(x),  # x relu6(x + 3) / 6
 }
 
 
@@ -122,6 +123,20 @@ def _pads(
     return same(size[0]), same(size[1])
 
 
+def _convolve(
+    x: jax.Array, weight: jax.Array, stride: int, pads: cpu.Pads, groups: int = 1
+) -> jax.Array:
+    """x [batch, H, W, C], weight [k, k, C / groups, D] -> [batch, H', W', D]."""
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        (stride, stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
 def _check_padding(padding: Padding) -> Padding:
     if padding != "same" and not isinstance(padding, int):
         raise ValueError(f"padding is {padding!r}; give a number of pixels or 'same'")
@@ -181,7 +196,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
-        if self.kernel == 1:  # a matrix product is twice as fast as lax.conv on CPU
+        if self.kernel == 1 and not cpu.is_plain():  # twice as fast as lax.conv on CPU
             x = x[:, :: self.stride, :: self.stride]
             # As two matrices: the gradient of a product of more dimensions goes
             # through a transposed copy of the whole map.
@@ -189,16 +204,12 @@ class Conv(nnx.Module):
             x = flat.reshape(*x.shape[:-1], -1)
         else:
             pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
-            if x.shape[-1] <= 4 and jax.default_backend() == "cpu":
-                x = cpu.stem_conv(x, weight, self.stride, pads)
+            plain = functools.partial(_convolve, stride=self.stride, pads=pads)
+            if x.shape[-1] <= 4 and self.kernel > 1:
+                few = functools.partial(cpu.stem_conv, stride=self.stride, pads=pads)
+                x = cpu.choose(few, plain, x, weight)
             else:
-                x = lax.conv_general_dilated(
-                    x,
-                    weight,
-                    (self.stride, self.stride),
-                    pads,
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                )
+                x = plain(x, weight)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
@@ -230,15 +241,12 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
         pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
-        if cpu.is_used():
-            return cpu.depthwise_conv(x, weight, self.stride, pads)
-        return lax.conv_general_dilated(
+        stride = self.stride
+        return cpu.choose(
+            lambda x, weight: cpu.depthwise_conv(x, weight, stride, pads),
+            functools.partial(_convolve, stride=stride, pads=pads, groups=x.shape[-1]),
             x,
             weight,
-            (self.stride, self.stride),
-            pads,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1],
         )
 
 
@@ -316,7 +324,9 @@ class BatchNorm(nnx.Module):
     `running_var` (Flax's own layer keeps the biased one there). `momentum` is torch's:
     the weight of the new batch, so 0.1 is 0.9 in Flax. Statistics are computed in
     float32 at least. Under a jit over a mesh the batch is the whole batch. Once `fixed`
-    it uses its running statistics in training too, and they do not move.
+    it uses its running statistics in training too, and they do not move. With `groups`
+    above 1 that many equal parts of the batch, one after the other, are normalised each
+    by itself, and the running statistics move by the means over them.
     """
 
     def __init__(
@@ -333,12 +343,21 @@ class BatchNorm(nnx.Module):
         self.running_var = nnx.BatchStat(constant(1, features, dtype))
         self.eps, self.momentum, self.dtype = eps, momentum, dtype
         self.fixed = False
+        self.groups = 1
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         weight, bias = self.weight[...], self.bias[...]
-        if train and not self.fixed:
+        if train and not self.fixed and self.groups == 1:
             y, mean, var = _normalise_batch(x, weight, bias, self.eps)
             self._move_statistics(mean, var, x.size // x.shape[-1])
+        elif train and not self.fixed:
+            parts = x.reshape(self.groups, -1, *x.shape[1:])
+            y, means, variances = jax.vmap(
+                lambda part: _normalise_batch(part, weight, bias, self.eps)
+            )(parts)
+            y = y.reshape(x.shape)
+            count = x.size // x.shape[-1] // self.groups
+            self._move_statistics(means.mean(0), variances.mean(0), count)
         else:
             mean, var = self.running_mean[...], self.running_var[...]
             exact = x.astype(at_least_float32(x.dtype))

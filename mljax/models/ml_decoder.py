@@ -98,14 +98,25 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Map [batch, H, W, features] -> one vector a group [batch, groups, dim]."""
+        queries, x = self._inputs(feature_map)
+        if train:  # each image has its own dropout
+            queries = jnp.broadcast_to(queries, (len(x), *queries.shape[1:]))
+        return getattr(self.layers, "0")(queries, x, x, train, rngs)
+
+    def attention(self, feature_map: jax.Array) -> jax.Array:
+        """Where each group's query looks, the mean over the attention heads.
+
+        Map [batch, H, W, features] -> [batch, groups, H W], sums of 1.
+        """
+        queries, x = self._inputs(feature_map)
+        return jnp.mean(getattr(self.layers, "0").attention(queries, x), 1)
+
+    def _inputs(self, feature_map: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of the decoder layer: [1, groups, dim] and [batch, H W, dim]."""
         batch, height, width, features = feature_map.shape
         x = self.embed_standart(feature_map.reshape(batch, height * width, features))
         x = jax.nn.leaky_relu(x, 0.2) if self.cosine else jax.nn.relu(x)
-        queries = self.query_embed.weight[...].astype(self.dtype)[None]
-        if train:  # each image has its own dropout
-            queries = jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
-        layer = getattr(self.layers, "0")
-        return layer(queries, x, x, train, rngs)
+        return self.query_embed.weight[...].astype(self.dtype)[None], x
 
     def classify(self, decoded: jax.Array) -> jax.Array:
         """[batch, groups, dim] -> [batch, num_classes].
@@ -124,7 +135,7 @@ class Decoder(nnx.Module):
             # spacing, which accelerators would use inside a float32 product.
             precision=lax.Precision.HIGHEST if self.cosine else None,
         )
-        return scores.reshape(len(scores), -1)[:, : len(bias)] + bias
+        return scores.reshape(scores.shape[0], -1)[:, : len(bias)] + bias
 
 
 class MLDecoder(nnx.Module):

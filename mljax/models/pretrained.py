@@ -51,8 +51,12 @@ def load(
     return *split(model), weights.notes + notes
 
 
-def restore(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
+def restore(
+    path: str | Path, dtype: str | None = None
+) -> tuple[Classifier, dict[str, Any]]:
     """The model of a work directory or one saved step, and its description.
+
+    dtype: of its activations; None = that of its config.
 
     Raises:
         UserError: there is no checkpoint, or it holds a backbone without a classifier.
@@ -71,7 +75,7 @@ def restore(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
             config.model,
             len(about["class_names"]),
             angular=losses.is_angular(config.loss.name),
-            dtype=jnp.dtype(config.dtype),
+            dtype=jnp.dtype(dtype or config.dtype),
             rngs=nnx.Rngs(0),
         )
 

@@ -146,6 +146,26 @@ class Query2Label(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Map [batch, H, W, features] -> one vector a label, [batch, labels, dim]."""
+        queries, keys, values = self._before_last(feature_map, train, rngs)
+        return self._last(queries, keys, values, train, rngs)
+
+    def attention(self, feature_map: jax.Array) -> jax.Array:
+        """Where each label's query looks in the last layer, the mean over its heads.
+
+        Map [batch, H, W, features] -> [batch, num_classes, H W], sums of 1.
+        """
+        queries, keys, _ = self._before_last(feature_map, False, None)
+        return jnp.mean(self._last.attention(queries, keys), 1)
+
+    @property
+    def _last(self) -> DecoderLayer:
+        return getattr(self.decoder, str(self.decoder.length - 1))
+
+    def _before_last(
+        self, feature_map: jax.Array, train: bool, rngs: nnx.Rngs | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [batch, num_classes, dim], keys and values [batch, H W, dim] of the
+        last decoder layer."""
         batch, height, width, _ = feature_map.shape
         x = self.input_proj(feature_map)
         dim = x.shape[-1]
@@ -155,7 +175,7 @@ class Query2Label(nnx.Module):
             x = getattr(self.encoder, str(i))(x, positions, train, rngs)
         queries = self.query_embed.weight[...].astype(self.dtype)
         queries = jnp.broadcast_to(queries, (batch, *queries.shape))
-        for i in range(self.decoder.length):
+        for i in range(self.decoder.length - 1):
             layer = getattr(self.decoder, str(i))
             queries = layer(queries, x + positions, x, train, rngs)
-        return queries
+        return queries, x + positions, x

@@ -68,16 +68,18 @@ class MultiHeadAttention(nnx.Module):
 
         Returns [batch, Q, dim].
         """
-        q, k, v = (
-            self._project(x, part) for part, x in enumerate((queries, keys, values))
-        )
-        q = jnp.broadcast_to(q, (len(k), *q.shape[1:]))
-        scores = wide_einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights, v = self.attention(queries, keys), self._project(values, 2)
         if train:
             weights = dropout(weights, self.dropout, rngs)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), v)
         return self.out_proj(mixed.reshape(*mixed.shape[:2], -1))
+
+    def attention(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """How much each query looks at each key: [batch, heads, Q, K], sums of 1."""
+        q, k = self._project(queries, 0), self._project(keys, 1)
+        q = jnp.broadcast_to(q, (k.shape[0], *q.shape[1:]))
+        scores = wide_einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+        return jax.nn.softmax(scores, axis=-1)
 
     def _project(self, x: jax.Array, part: int) -> jax.Array:
         """[batch, N, dim] -> q, k or v (part 0, 1, 2): [batch, N, heads, size]."""
@@ -170,11 +172,24 @@ class DecoderLayer(nnx.Module):
         In evaluation the queries may be [1, Q, dim], the same for all images.
         """
         rate = self.dropout if train else 0.0
-        x = y = queries
-        if self.self_attn is not None:
-            y = self.self_attn(x, x, x, train, rngs)
-        x = self.norm1(x + dropout(y, rate, rngs))
+        x = self._among_themselves(queries, train, rngs)
         y = self.multihead_attn(x, keys, values, train, rngs)
         x = self.norm2(x + dropout(y, rate, rngs))
         y = dropout(jax.nn.relu(self.linear1(x)), rate, rngs)
         return self.norm3(x + dropout(self.linear2(y), rate, rngs))
+
+    def attention(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """How much each query looks at each place of the image, in evaluation.
+
+        Shapes as for a call; returns [batch, heads, Q, K], sums of 1 over K.
+        """
+        x = self._among_themselves(queries, False, None)
+        return self.multihead_attn.attention(x, keys)
+
+    def _among_themselves(
+        self, queries: jax.Array, train: bool, rngs: nnx.Rngs | None
+    ) -> jax.Array:
+        x = y = queries
+        if self.self_attn is not None:
+            y = self.self_attn(x, x, x, train, rngs)
+        return self.norm1(x + dropout(y, self.dropout if train else 0.0, rngs))

@@ -1,0 +1,70 @@
+"""StableHLO, for JAX and for compilers that read it: one file, a zip.
+
+`about.json` describes the model, `model.jax` is what `jax.export` serialises (for CPU,
+NVIDIA and AMD GPUs and TPU at once), `weights.safetensors` its first argument.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mljax.errors import UserError
+from mljax.formats.program import Program, check
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_ABOUT, _MODEL, _WEIGHTS = "about.json", "model.jax", "weights.safetensors"
+
+
+def write(program: Program, path: Path) -> None:
+    import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
+    from jax import export
+    from safetensors.numpy import save
+
+    from mljax.models import cpu
+
+    flat = flatten_dict(program.weights, sep=".")
+
+    def function(weights, images):
+        return program.function(unflatten_dict(weights, sep="."), images)
+
+    (batch,) = export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *program.sides, 3), np.uint8)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat)
+    with cpu.portable_forms():
+        exported = export.export(jax.jit(function), platforms=_PLATFORMS)(
+            shapes, images
+        )
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(_ABOUT, json.dumps(program.about, indent=1))
+        file.writestr(_MODEL, bytes(exported.serialize()))
+        arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+        file.writestr(_WEIGHTS, save(arrays))
+
+
+def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
+    import jax
+    from jax import export
+    from safetensors.numpy import load
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            about = check(json.loads(file.read(_ABOUT)), path)
+            exported = export.deserialize(bytearray(file.read(_MODEL)))
+            weights = load(file.read(_WEIGHTS))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is damaged, or no export ({error})") from None
+    weights = jax.device_put(weights)
+    call = jax.jit(exported.call)
+    return lambda images: call(weights, images), about
+
+
+def owns(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return _MODEL in file.namelist()

@@ -1,0 +1,56 @@
+"""The held-out images of a checkpoint's own run, to choose thresholds or measure on."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mljax import config as configs
+from mljax.errors import UserError
+
+if TYPE_CHECKING:
+    from mljax.data.source import Source
+
+CHOICES = ("holdout", "val")
+
+
+def load(
+    about: Mapping[str, Any], which: str | None, root: str | None
+) -> tuple["Source", str]:
+    """The images, and what to call them.
+
+    Args:
+        about: the description of a checkpoint.
+        which: "val", "holdout" (the part of train that data.holdout kept out), or
+            None: holdout where the run has one, else val.
+        root: the folder of the data; None = where the run had it.
+
+    Raises:
+        UserError: the data cannot be read, or has other classes than the checkpoint.
+    """
+    from mljax import results
+    from mljax.data import DATASETS
+    from mljax.run import check_names
+
+    config = configs.from_dict(about["config"])
+    if root is not None:
+        config.data.root = root
+    configs.validate(config)
+    check_names(config)
+    if which == "holdout" and not config.data.holdout:
+        raise UserError(
+            "--data holdout: the run held nothing out of train (config.data.holdout = "
+            "0); use --data val"
+        )
+    sources = DATASETS[config.data.name](config.data, config.seed)
+    source, name = sources.val, "val"
+    if which != "val" and sources.holdout is not None:
+        source, name = sources.holdout, f"{config.data.holdout:.0%} held out of train"
+    elif sources.holdout is None:
+        name = "val, on which the best epoch was chosen too"
+    results.need_positives(source, name)
+    if source.class_names != about["class_names"]:
+        off = sorted(set(source.class_names) ^ set(about["class_names"]))
+        raise UserError(
+            f"the data has other classes than the checkpoint (check "
+            f"{', '.join(off[:5]) or 'their order'}); --root names its folder"
+        )
+    return source, name

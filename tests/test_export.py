@@ -1,0 +1,376 @@
+"""Exported models are the checkpoint, whatever the batch."""
+
+import importlib.util
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import shared
+from flax import nnx
+from jax import export as jax_export
+from PIL import Image
+from small_networks import SMALL
+from test_label_graph import some_graph
+
+from mljax import checkpoint, decision, export, predict
+from mljax import config as configs
+from mljax.calibration import Calibration
+from mljax.data.shapes import CLASS_NAMES
+from mljax.decision import Decision
+from mljax.errors import UserError
+from mljax.formats import FORMATS, onnx_file
+from mljax.label_graph_data import LabelGraph
+from mljax.models import BACKBONES, HEADS, build_backbone, build_model, cpu, pretrained
+from mljax.models.fixed import fixed
+from mljax.models.functional import as_function, split
+from mljax.models.layers import BatchNorm
+
+NAMES = CLASS_NAMES
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "jax2onnx", "onnxruntime"))),
+    reason=f"needs {onnx_file.INSTALL}",
+)
+EVERY_FORMAT = [
+    pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in FORMATS
+]
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    for name, make in SMALL.items():
+        monkeypatch.setitem(BACKBONES, name, make)
+
+
+def save_run(folder, head="gcn", backbone="small_mobile", size=32, decided=True):
+    """A work directory as training and mljax.thresholds leave it."""
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone, config.model.head = backbone, head
+    config.model.ml_decoder.update(dim=32, heads=2, feedforward=64)
+    config.model.query2label.update(dim=32, heads=2, feedforward=64)
+    config.data.image_size, config.data.num_val = size, 16
+    config.dtype = "bfloat16"  # exports compute in float32 all the same
+    graph = None
+    if head in ("gcn", "gat"):
+        given = some_graph(len(NAMES))
+        graph = LabelGraph(NAMES, given["adjacency"], given["embeddings"], 0.4, [])
+    model = build_model(
+        config.model, len(NAMES), angular=True, rngs=nnx.Rngs(0), graph=graph
+    )
+    params, batch_stats = split(model)
+    saves = checkpoint.Checkpoints(folder / "best")
+    weights = {"params": params, "batch_stats": batch_stats}
+    saves.save(3, weights, {"config": config.to_dict(), "class_names": NAMES})
+    saves.close()
+    if decided:
+        rng = np.random.default_rng(0)
+        scale, bias, thresholds = rng.uniform(0.2, 0.8, (3, 14)).astype(np.float32)
+        chosen = Decision(thresholds, Calibration(scale, bias), {})
+        decision.save(folder / "best" / "3", NAMES, chosen)
+    return folder
+
+
+def call(capsys, *arguments) -> str:
+    """Runs the command; what it printed. Errors are one line."""
+    code = export.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert code == (1 if err else 0), err
+    if err:
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err or out
+
+
+def flags(run, form, output):
+    return ["--checkpoint", run, "--format", form, "--output", output]
+
+
+def outputs_of(form, path):
+    return f"{path}.onnx" if form == "onnx" else str(path)
+
+
+@pytest.mark.parametrize(
+    ("form", "head"),
+    [
+        ("stablehlo", "gcn"),
+        ("savedmodel", "linear"),
+        *(
+            pytest.param("onnx", head, marks=needs_onnx)
+            for head in ("linear", "gcn", "ml_decoder")
+        ),
+    ],
+)
+def test_an_export_is_the_checkpoint(form, head, tmp_path, capsys):
+    run = save_run(tmp_path / "run", head)
+    output = outputs_of(form, tmp_path / "model")
+    assert "differ by at most" in call(capsys, *flags(run, form, output))
+    model, about = pretrained.restore(run, "float32")
+    reference = predict.from_model(model, about, decision.load(*_step(run)))
+    found = export.load(output)
+    assert found.class_names == NAMES
+    np.testing.assert_array_equal(found.thresholds, reference.thresholds)
+    serve, described = FORMATS[form].read(Path(output))
+    assert described["class_names"] == NAMES and described["image_size"] == [32, 32]
+    for batch in (1, 5, 8):
+        images = np.random.default_rng(batch).integers(
+            0, 256, (batch, 32, 32, 3), np.uint8
+        )
+        expected = reference.predict(images)
+        np.testing.assert_allclose(found.predict(images), expected, atol=1e-6)
+        p, labels = map(np.asarray, serve(images))
+        assert p.dtype == np.float32 and labels.dtype == bool
+        np.testing.assert_array_equal(labels, p > reference.thresholds)
+        assert np.ptp(p) > 0.05 and labels.any() and not labels.all()
+    Image.fromarray(images[0]).save(tmp_path / "photo.png")
+    listed = found.labels([tmp_path / "photo.png"])
+    assert listed == reference.labels([tmp_path / "photo.png"])
+
+
+def _step(run):
+    return run / "best" / "3", NAMES
+
+
+@pytest.mark.parametrize("form", ["stablehlo"])
+def test_what_differs_is_refused(form, tmp_path, capsys, monkeypatch):
+    run = save_run(tmp_path / "run", "linear")
+    output = Path(outputs_of(form, tmp_path / "model"))
+    write = FORMATS[form].write
+
+    def other(program, path):
+        def function(weights, images):
+            p, labels = program.function(weights, images)
+            return p + 2 * export.TOLERANCE, labels
+
+        write(program._replace(function=function), path)
+
+    monkeypatch.setattr(FORMATS[form], "write", other)
+    assert "not the checkpoint" in call(capsys, *flags(run, form, output))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    form = "savedmodel"  # a directory
+    run = save_run(tmp_path / "run", "linear", decided=False)
+    output = tmp_path / "model"
+    arguments = flags(run, form, output)
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    assert "exists" in call(capsys, *arguments)
+    assert "no " + form in call(capsys, *arguments, "--overwrite")
+    assert (output / "thesis.txt").read_text() == "mine"
+    (output / "thesis.txt").unlink()
+    output.rmdir()
+    call(capsys, *arguments)
+    assert export.load(output).thresholds.tolist() == [0.5] * 14
+    assert "exists" in call(capsys, *arguments)
+    decision.save(*_step(run), Decision(np.full(14, 0.3, np.float32), None, {}))
+    call(capsys, *arguments, "--overwrite")
+    np.testing.assert_allclose(export.load(output).thresholds, 0.3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+def test_one_file_runs_everywhere(tmp_path, capsys):
+    run = save_run(tmp_path / "run", "linear")
+    call(capsys, *flags(run, "stablehlo", tmp_path / "model"))
+    with zipfile.ZipFile(tmp_path / "model") as file:
+        exported = jax_export.deserialize(bytearray(file.read("model.jax")))
+        assert json.loads(file.read("about.json"))["mljax"]
+    assert set(exported.platforms) == {"cpu", "cuda", "rocm", "tpu"}
+    assert str(exported.in_avals[-1]) == "uint8[batch,32,32,3]"
+    # Both forms of the first convolution: a product for the CPU, and itself.
+    text = exported.mlir_module()
+    assert "stablehlo.convolution" in text and "stablehlo.case" in text
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_any_batch_with_every_head(head):
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone, config.model.head = "small_resnet", head
+    _any_batch(config, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", sorted(set(BACKBONES) - set(SMALL)))
+def test_any_batch_with_every_backbone(backbone):
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone = backbone
+    _any_batch(config, 64)
+
+
+def _any_batch(config, size):
+    (batch,) = jax_export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.float32)
+
+    def make():
+        rngs = nnx.Rngs(0)
+        return build_model(config.model, len(NAMES), angular=True, rngs=rngs)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    with cpu.portable_forms():
+        found = jax.eval_shape(lambda s, x: nnx.merge(graph, s)(x), state, images)
+    assert found.shape == (batch, len(NAMES))
+
+
+@needs_onnx
+def test_an_onnx_graph_is_clean(tmp_path, capsys):
+    import onnx
+
+    run = save_run(tmp_path / "run", "linear", "mobilenetv3_large_100", decided=False)
+    call(capsys, *flags(run, "onnx", tmp_path / "model.onnx"))
+    model = onnx.load(tmp_path / "model.onnx")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    # 15 blocks of a depthwise and two other convolutions (the first block has one),
+    # two in each of 8 squeeze-and-excite, stem, last stage, conv_head.
+    assert kinds["Conv"] == 3 * 15 - 1 + 2 * 8 + 3
+    assert kinds["Transpose"] < 6 and kinds["MatMul"] == 1
+    assert kinds["Add"] < 15  # the skips: no bias is left
+    assert [(i.domain, i.version) for i in model.opset_import] == [
+        ("", onnx_file.OPSET)
+    ]
+    (images,) = model.graph.input
+    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert images.type.tensor_type.shape.dim[0].dim_param
+
+
+@needs_onnx
+@pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="needs pip install openvino"
+)
+@pytest.mark.parametrize("head", ["linear", "gcn", "ml_decoder"])
+def test_openvino(head, tmp_path, capsys):
+    import openvino
+
+    run = save_run(tmp_path / "run", head)
+    call(capsys, *flags(run, "onnx", tmp_path / "model.onnx"))
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    core = openvino.Core()
+    compiled = core.compile_model(tmp_path / "model.onnx", "CPU", hint)
+    for batch in (1, 7):
+        images = export.samples(32, 32)[:batch]
+        p, labels = compiled({"images": images}).values()
+        expected = export.load(tmp_path / "model.onnx").predict(images)
+        np.testing.assert_allclose(p, expected, rtol=0, atol=1e-5)
+        assert labels.shape == p.shape
+
+
+@needs_onnx
+def test_int8(tmp_path, capsys):
+    import onnx
+
+    run = save_run(tmp_path / "run", "ml_decoder")
+    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
+    call(capsys, *flags(run, "onnx", whole))
+    printed = call(capsys, *flags(run, "onnx", small), "--int8", "--data", "val")
+    assert "int8: " in printed and "mAP: " in printed
+    stored = onnx.load(small).graph.initializer
+    eight = [t for t in stored if t.data_type == onnx.TensorProto.INT8]
+    numbers = sum(int(np.prod(t.dims)) for t in eight)
+    assert numbers > 5000
+    kinds = Counter(node.op_type for node in onnx.load(whole).graph.node)
+    assert kinds["MatMul"] + kinds["Gemm"] == 6  # of the decoder
+    assert kinds["Einsum"] == 3  # attention, and the classifier of each group
+    assert small.stat().st_size < whole.stat().st_size - 2 * numbers
+    images = export.samples(32, 32)
+    one, other = (export.load(p).predict(images) for p in (whole, small))
+    assert 0 < np.abs(one - other).max() < 0.02
+    assert export.load(small).class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"--output": "{tmp}/none/model"}, "no folder"),
+        ({"--format": "onnx", "--output": "{tmp}/model"}, ".onnx"),
+        ({"--checkpoint": "{tmp}"}, "no checkpoint"),
+        ({"--images": "{tmp}/none"}, "--images"),
+        ({"--images": "{tmp}/text.jpg"}, "text.jpg"),
+    ],
+)
+def test_mistakes_are_one_line(change, word, tmp_path, capsys):
+    run = save_run(tmp_path / "run", "linear")
+    (tmp_path / "text.jpg").write_text("not an image")
+    given = {
+        "--checkpoint": run,
+        "--format": "stablehlo",
+        "--output": tmp_path / "model",
+    }
+    given |= {k: v.format(tmp=tmp_path) for k, v in change.items()}
+    arguments = [x for pair in given.items() for x in pair]
+    assert word in call(capsys, *arguments)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_flag_knows_every_format():
+    assert tuple(FORMATS) == export._FORMATS
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_file.importlib, "import_module", _missing)
+    run = save_run(tmp_path / "run", "linear")
+    printed = call(capsys, *flags(run, "onnx", tmp_path / "model.onnx"))
+    assert "no onnx" in printed and "pip install" in printed
+
+
+def _missing(name):
+    raise ImportError(f"no {name} here")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x05\x06" + bytes(18)])
+def test_other_files_are_no_exports(content, tmp_path):
+    file = tmp_path / "model"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not a model exported"):
+        export.load(file)
+    with pytest.raises(UserError, match="not a model exported"):
+        export.load(tmp_path / "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", EVERY_FORMAT)
+@pytest.mark.parametrize("head", ["linear", "gcn", "ml_decoder"])
+def test_photos(form, head, tmp_path, capsys):
+    """100 photos at batch 1, 7 and 64, MobileNetV3."""
+    photos = sorted(shared("data/corel5k/images").rglob("*.jpg"))[:100]
+    run = save_run(tmp_path / "run", head, "mobilenetv3_large_100", 128)
+    output = outputs_of(form, tmp_path / "model")
+    call(capsys, *flags(run, form, output))
+    model, about = pretrained.restore(run, "float32")
+    reference = predict.from_model(model, about, decision.load(*_step(run)))
+    expected = reference.predict(photos)
+    for batch in (1, 7, 64):
+        found = export.load(output, batch_size=batch).predict(photos)
+        tolerance = 1e-4 if form == "onnx" else 1e-5
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "small_mobile",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in sorted(set(BACKBONES) - set(SMALL))
+        ),
+    ],
+)
+def test_a_fixed_network_is_the_same_function(backbone):
+    model = build_backbone(backbone, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for _, norm in nnx.iter_modules(model):
+        if isinstance(norm, BatchNorm):  # as after some training
+            for value in (norm.weight, norm.running_var):
+                value[...] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+            for value in (norm.bias, norm.running_mean):
+                value[...] = rng.normal(0, 0.2, value.shape).astype(np.float32)
+    images = rng.normal(0, 1, (2, 64, 64, 3)).astype(np.float32)
+    expected = jax.jit(as_function(model))(*split(model), images)[0]
+    made = fixed(model)
+    assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(made))
+    found = jax.jit(as_function(made))(*split(made), images)[0]
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * scale)
+    assert any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(model)) or (
+        "vit" in backbone
+    )

@@ -1,0 +1,186 @@
+"""Thresholds with a checkpoint: chosen by the command, kept, used by predict."""
+
+import json
+
+import numpy as np
+import pytest
+from small_networks import SMALL
+
+from mljax import checkpoint, decision, predict, thresholds
+from mljax import config as configs
+from mljax.calibration import Calibration
+from mljax.data.shapes import CLASS_NAMES
+from mljax.decision import Decision
+from mljax.errors import UserError
+from mljax.models import BACKBONES
+from mljax.models.functional import split
+from mljax.run import make_run
+
+NAMES = ["sky", "sea, é", "tree"]
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    for name, make in SMALL.items():
+        monkeypatch.setitem(BACKBONES, name, make)
+
+
+def save_run(folder, num_val=48):
+    """A work directory as training leaves it, of 14 classes, with random weights."""
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone, config.data.num_val = "small_resnet", num_val
+    config.eval.batch_size = 16
+
+    run = make_run(config, list(CLASS_NAMES))
+    params, batch_stats = split(run.make_model())
+    saves = checkpoint.Checkpoints(folder / "best")
+    weights = {"params": params, "batch_stats": batch_stats}
+    about = {"config": config.to_dict(), "class_names": list(CLASS_NAMES)}
+    saves.save(5, weights, about)
+    saves.close()
+    return weights, about
+
+
+def call(capsys, *arguments) -> str:
+    """Runs the command; what it printed. Errors are one line."""
+    code = thresholds.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert code == (1 if err else 0), err
+    if err:
+        assert err.startswith("error: ") and err.count("\n") == 1
+    return err or out
+
+
+def test_a_decision_comes_back_with_the_same_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    columns = rng.random((3, 3)).astype(np.float32)
+    decided = Decision(columns[0], Calibration(*columns[1:]), {"for": "F1"})
+    assert decision.save(tmp_path, NAMES, decided).name == decision.FILE
+    found = decision.load(tmp_path, NAMES)
+    assert found.about == {"for": "F1"}
+    np.testing.assert_array_equal(found.thresholds, columns[0])
+    np.testing.assert_array_equal(found.calibration, columns[1:])
+    reordered = decision.load(tmp_path, NAMES[::-1])  # by name, not by place
+    np.testing.assert_array_equal(reordered.thresholds, columns[0][::-1])
+    decision.save(tmp_path, NAMES, Decision(columns[0], None, {}))
+    assert decision.load(tmp_path, NAMES).calibration is None
+    assert decision.default(3).thresholds.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda s: s[: len(s) // 2], "delete it"),
+        (lambda s: s.replace('"format": 1', '"format": 9'), "newer"),
+        (lambda s: s.replace('"sky"', '"skies"'), "3 classes"),
+        (lambda s: s.replace("0.25", '"high"'), "must be numbers"),
+        (lambda s: s.replace("0.25", "1.5"), "below 1"),
+        (lambda s: s.replace("0.25", "NaN"), "must be numbers"),
+        (lambda s: s.replace("2.0", "-2.0"), "scales"),
+        (lambda s: "[]", "not a file of mljax.thresholds"),
+    ],
+)
+def test_damaged_files_are_one_line(change, word, tmp_path):
+    ones = np.ones(3, np.float32)
+    decided = Decision(ones / 4, Calibration(2 * ones, 0 * ones), {})
+    file = decision.save(tmp_path, NAMES, decided)
+    file.write_text(change(file.read_text()))
+    with pytest.raises(UserError, match=word) as raised:
+        decision.load(tmp_path, NAMES)
+    assert str(file) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    weights, about = save_run(tmp_path)
+    names = about["class_names"]
+    image = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), np.uint8)
+    before = predict.load(tmp_path)
+    assert before.thresholds.tolist() == [0.5] * 14
+    plain = before.predict(image)
+
+    flags = ["--checkpoint", tmp_path, "--splits", 3]
+    printed = call(capsys, *flags)
+    assert "mean of 3 splits" in printed and "best epoch was chosen" in printed
+    after = predict.load(tmp_path)
+    np.testing.assert_array_equal(after.predict(image), plain)  # not calibrated
+    chosen = after.thresholds
+    for row, labels in zip(plain, after.labels(image), strict=True):
+        assert set(labels) == set(np.array(names)[row > chosen])
+    assert set(after.labels(image, 0.0)[0]) == set(names)
+    for line in printed.splitlines():
+        if line.split(" ")[0] in names:
+            name, _, threshold, *_ = line.split()
+            assert float(threshold) == pytest.approx(
+                chosen[names.index(name)], abs=1e-3
+            )
+
+    # Orbax is not disturbed: it reads the step, and saves and deletes beside it.
+    found, _ = checkpoint.load_variables(tmp_path / "best" / "5")
+    assert found.keys() == weights.keys()
+    file = tmp_path / "best" / "5" / decision.FILE
+    text = file.read_text()
+    assert "exists" in call(capsys, *flags)  # nothing is overwritten
+    assert file.read_text() == text
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (200, 14)).astype(np.float32)  # too sure of itself
+    labels = (logits / 3 + rng.normal(0, 1, logits.shape) > 0).astype(np.int8)
+    scores = names, logits, labels, "some data"
+    monkeypatch.setattr(thresholds, "_scores", lambda *_: scores)
+    more = ["--overwrite", "--calibrate", "platt", "--recall", 0.9]
+    assert "200 images (some data) for recall 0.9" in call(capsys, *flags, *more)
+    stored = json.loads(file.read_text())
+    assert stored["chosen"]["for"] == "recall 0.9"
+    calibrated = predict.load(tmp_path)
+    logits = np.log(plain / (1 - plain))
+    fitted = decision.load(file.parent, names).calibration
+    expected = fitted.probabilities(logits)
+    np.testing.assert_allclose(calibrated.predict(image), expected, atol=1e-5)
+    assert np.abs(expected - plain).max() > 1e-3
+
+    saves = checkpoint.Checkpoints(tmp_path / "best")
+    assert saves.latest() == 5
+    for step in (6, 7):  # two are kept
+        saves.save(step, weights, about)
+    saves.close()
+    assert not file.parent.exists()
+    assert predict.load(tmp_path).thresholds.tolist() == [0.5] * 14
+
+
+def test_what_is_gained_is_measured_on_the_other_half():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1, (400, 4)).astype(np.float32)
+    seen = []
+
+    def choose(z, y):
+        seen.append(z)
+        return decision.default(4), None
+
+    found = thresholds.measure(logits, logits > 0, choose, 2, 0)
+    assert found["before"].shape == (2, 4)
+    np.testing.assert_array_equal(found["before"], found["after"])
+    np.testing.assert_array_equal(found["before"][:, :2], 1)
+    assert [len(z) for z in seen] == [200, 200] and (seen[0] != seen[1]).any()
+
+    # Labels by logits above 2: the right threshold is known from the other half.
+    args = thresholds.parse(["--checkpoint", "x", "--calibrate", "platt"])
+    found = thresholds.measure(logits, logits > 2, thresholds.chooser(args), 5, 0)
+    assert (found["after"][:, :2] > found["before"][:, :2]).all()
+    assert (found["after"][:, 2:] < found["before"][:, 2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--data", "holdout"], "--data val"),
+        (["--precision", "2"], "precision"),
+        (["--splits", "0"], "--splits"),
+        (["--shrink", "-1"], "shrink"),
+    ],
+)
+def test_mistakes_are_one_line(flags, word, tmp_path, capsys):
+    save_run(tmp_path, num_val=16)
+    assert word in call(capsys, "--checkpoint", tmp_path, *flags)
+    assert not (tmp_path / "best" / "5" / decision.FILE).exists()
+    with pytest.raises(SystemExit):
+        thresholds.parse(["--checkpoint", "x", "--beta", "1", "--recall", "0.5"])
