@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 
-from mljax import losses, optim, sharding, step
+from mljax import losses, optim, preemption, sharding, speed, step
 from mljax.config import common
 from mljax.data import augment, pipeline
 from mljax.data.source import Source
@@ -83,11 +84,16 @@ def main() -> None:
     batches = pipeline.train_batches(
         source(), data_config=config.data, batch_size=BATCH, seed=0
     )
+    clock = speed.Speed(BATCH)
+    batches = clock.timed(batches)
+    profiler = speed.Profiler("", Path())
+    watch = preemption.Watch()
     progress = Progress()
     loop, bare = [], []
     previous = None
-    for _ in range(steps + 20):
+    for at in range(steps + 20):
         begun = time.perf_counter()
+        profiler.before(at)
         batch = next(batches)
         progress.unreadable.update(batch["index"][~batch["ok"]])
         arrays = {name: batch[name] for name in ("image", "labels")}
@@ -95,6 +101,9 @@ def main() -> None:
         if previous is not None:
             progress.take(jax.device_get(previous), 10)
         previous = metrics
+        clock.step()
+        profiler.after(at, metrics)
+        watch.asked(at)
         loop.append(time.perf_counter() - begun)
     arrays = sharding.global_batch(arrays, rows)
     for _ in range(steps + 20):
