@@ -7,15 +7,17 @@ they are copied and deleted with it. `python -m mljax.thresholds` makes the file
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.typing import ArrayLike
 
-from mljax import losses, workdir
+from mljax import workdir
 from mljax.calibration import Calibration
 from mljax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+    from jax.typing import ArrayLike
 
 FILE = "thresholds.json"
 FORMAT = 1  # raised when older code could not read the file
@@ -42,9 +44,15 @@ def default(num_classes: int) -> Decision:
 
 
 def probabilities(
-    outputs: ArrayLike, loss_config: Mapping[str, Any], calibration: Calibration | None
-) -> jax.Array:
+    outputs: "ArrayLike",
+    loss_config: Mapping[str, Any],
+    calibration: Calibration | None,
+) -> "jax.Array":
     """`losses.probabilities`, calibrated; [..., num_classes], traceable."""
+    import jax  # here: `--help` of the programs has no use for it
+
+    from mljax import losses
+
     logits = losses.logits(outputs, loss_config)
     if calibration is not None:
         logits = calibration.scale * logits + calibration.bias

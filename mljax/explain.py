@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
 from mljax.prediction_files import find_images
@@ -84,11 +85,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
-    from mljax import main as program
-
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return program.exit_code(lambda: run(args), interrupted="interrupted")
+    """The exit code, see `mljax.main.command`."""
+    return program.command(parse, run, argv)
 
 
 if __name__ == "__main__":

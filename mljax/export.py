@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mljax import held_out, memory
+from mljax import main as program
 from mljax.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +119,6 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     _check_output(args, output)
     from mljax import checkpoint, compile_cache, decision, predict
-    from mljax import main as program
     from mljax.formats import FORMATS, onnx_file
     from mljax.formats.program import make
     from mljax.models import folded, pretrained
@@ -254,11 +254,8 @@ def _megabytes(path: Path) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
-    from mljax import main as program
-
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return program.exit_code(lambda: run(args), interrupted="interrupted")
+    """The exit code, see `mljax.main.command`."""
+    return program.command(parse, run, argv)
 
 
 if __name__ == "__main__":

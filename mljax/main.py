@@ -133,6 +133,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: run(args))
 
 
+def command(
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    run: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
+) -> int:
+    """One of the programs beside training, from its flags to its exit code.
+
+    argv: without the program's name; None: those of the command line. Returns 0, 1 for
+    an error, 130 when interrupted; wrong flags exit with 2.
+    """
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: run(args), interrupted="interrupted")
+
+
 def exit_code(
     job: Callable[[], None],
     interrupted: str = "interrupted: the same command goes on from here",

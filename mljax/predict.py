@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
 from mljax.prediction_files import FORMATS, Row, find_images, writer
@@ -261,11 +262,8 @@ def _draw(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
-    from mljax import main as program
-
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return program.exit_code(lambda: run(args), interrupted="interrupted")
+    """The exit code, see `mljax.main.command`."""
+    return program.command(parse, run, argv)
 
 
 if __name__ == "__main__":

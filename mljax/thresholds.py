@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mljax import calibration, decision, held_out, memory, metrics, operating_points
+from mljax import main as program
 from mljax.decision import DEFAULT, Decision
 from mljax.errors import UserError
 
@@ -144,7 +145,6 @@ def run(args: argparse.Namespace) -> None:
     if args.splits < 1:
         raise UserError(f"--splits={args.splits}: must be at least 1")
     from mljax import checkpoint, compile_cache
-    from mljax import main as program
 
     step = checkpoint.find_best(Path(args.checkpoint).absolute())
     file = step / decision.FILE
@@ -248,11 +248,8 @@ def _gain_table(found: dict[str, np.ndarray]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
-    from mljax import main as program
-
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return program.exit_code(lambda: run(args), interrupted="interrupted")
+    """The exit code, see `mljax.main.command`."""
+    return program.command(parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from data_trees import blocks, data_config, encode, tree, write_json
 from PIL import Image
 
 from mljax.data import annotations, pipeline
+from mljax.data.order import permutation
 from mljax.errors import UserError
 
 
@@ -148,7 +149,7 @@ def test_unreadable_images_are_skipped(damaged):
     source, config = damaged
     config.on_error = "skip"
     batches = pipeline.train_batches(source, data_config=config, batch_size=4, seed=0)
-    order = np.concatenate([pipeline.permutation(12, 0, epoch) for epoch in range(3)])
+    order = np.concatenate([permutation(12, 0, epoch) for epoch in range(3)])
     for step in range(9):
         batch = next(batches)
         index = order[4 * step : 4 * step + 4]

@@ -10,6 +10,7 @@ from test_data_decode import FILES, by_pil, exif_bytes
 
 from mljax import evaluate
 from mljax.data import annotations, pipeline
+from mljax.data.order import permutation
 from mljax.errors import UserError
 from mljax.progress import Progress
 
@@ -89,7 +90,7 @@ def test_files_that_vanish_during_training(tmp_path):
     after = list(itertools.islice(batches, 9))
     seen = np.concatenate([b["index"][~b["ok"]] for b in after[4:]])
     assert set(seen) == set(gone)
-    order = np.concatenate([pipeline.permutation(12, 0, epoch) for epoch in range(4)])
+    order = np.concatenate([permutation(12, 0, epoch) for epoch in range(4)])
     for at, batch in enumerate(before + after):
         index, ok = order[4 * at : 4 * at + 4], batch["ok"]
         np.testing.assert_array_equal(batch["index"], index)

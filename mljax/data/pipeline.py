@@ -16,12 +16,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from mljax.data import decode, fit, order, randaugment
-from mljax.data.order import permutation
 from mljax.data.source import Source
 from mljax.errors import UserError
 from mljax.images import sides_of
-
-__all__ = ["eval_batches", "permutation", "steps_per_epoch", "train_batches"]
 
 Batch = dict[str, np.ndarray]
 
@@ -76,7 +73,7 @@ def train_batches(
     def images_of(epoch: int) -> np.ndarray:
         if data_config.sampling == "class_aware":
             return order.class_aware(source.labels, seed, epoch)
-        return permutation(len(source), seed, epoch)
+        return order.permutation(len(source), seed, epoch)
 
     count = fit.NUM_DRAWS + randaugment.DRAWS * data_config.randaugment.n
 

@@ -165,6 +165,7 @@ def _read(
     """The encoded bytes of images; without any where an image cannot be read."""
     import tensorflow as tf
 
+    from mljax.data.decode import reason
     from mljax.data.pipeline import num_cpus
 
     encoded = source.encoded or (lambda index: tf.io.encode_png(source.read(index)))
@@ -181,10 +182,9 @@ def _read(
                 yield data
                 continue
             if config.data.on_error == "stop":
-                reason = " ".join((data.message or "").split())[:200]
                 raise UserError(
-                    f"{source.names[row]}: cannot be read ({reason}); replace it or "
-                    "set data.on_error=skip"
+                    f"{source.names[row]}: cannot be read ({reason(data)}); replace it "
+                    "or set data.on_error=skip"
                 )
             unreadable.append(source.names[row])
             yield b""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
 
@@ -59,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{output}: exists; name another --output, or add --overwrite")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-    from mljax import main as program
     from mljax import workdir
 
     for folder in folders:
@@ -121,11 +121,8 @@ def _one_of_several(run: "RunData") -> "Markup":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags, 130 when interrupted."""
-    from mljax import main as program
-
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return program.exit_code(lambda: run(args), interrupted="interrupted")
+    """The exit code, see `mljax.main.command`."""
+    return program.command(parse, run, argv)
 
 
 if __name__ == "__main__":
