@@ -87,13 +87,16 @@ class Speed:
 def text(found: Mapping[str, float]) -> str:
     """`Speed.read` in a line of the log."""
     waiting = 100 * found["data_wait_ms"] / found["step_ms"]
-    parts = [f"{found['step_ms']:.0f} ms a step ({waiting:.0f}% waiting for data)"]
+    parts = [f"{found['step_ms']:.0f} ms a step ({waiting:.0f}% for data)"]
     parts.append(f"{found['memory_gb']:.1f} GB")
     if "teraflops_per_device" in found:
         share = ""
         if "share_of_peak" in found:
             share = f" ({100 * found['share_of_peak']:.0f}% of peak)"
-        parts.append(f"{found['teraflops_per_device']:.3g} TFLOP/s{share}")
+        rate, unit = found["teraflops_per_device"], "TFLOP/s"
+        if rate < 1:
+            rate, unit = 1e3 * rate, "GFLOP/s"
+        parts.append(f"{rate:.0f} {unit}{share}")
     return "  ".join(parts)
 
 

@@ -49,7 +49,7 @@ def test_sigterm_at_any_step(settings, monkeypatch, tmp_path, capsys):
     settings.profile = "2:3"  # of config.json, which is compared, too
     train.train(settings, str(tmp_path / "whole"))
     said = capsys.readouterr().out
-    assert "ms a step (" in said and " GB  " in said and " TFLOP/s" in said
+    assert "ms a step (" in said and " GB  " in said and " GFLOP/s" in said
     traces = list((tmp_path / "whole" / "tensorboard").rglob("*.xplane.pb"))
     assert len(traces) == 1 and "profile: " in said
     # In the middle of an epoch; at the last step, where an evaluation is due.
@@ -145,8 +145,8 @@ def test_figures_of_speed(monkeypatch):
     assert figures["images_per_second"] == 32
     assert figures["images_per_second_per_device"] == 4
     assert figures["teraflops_per_device"] == 0.25 and figures["share_of_peak"] == 0.25
-    assert "2000 ms a step (25% waiting for data)" in speed.text(figures)
-    assert "0.25 TFLOP/s (25% of peak)" in speed.text(figures)
+    assert "2000 ms a step (25% for data)" in speed.text(figures)
+    assert "250 GFLOP/s (25% of peak)" in speed.text(figures)
     assert 1e8 < memory.peak_bytes() < 1e12
 
 
