@@ -4,6 +4,7 @@ The same pixels as in evaluation (`data.decode`, `data.fit`), up to rounding.
 """
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 GREY = 128  # of the bars beside a picture that keeps its aspect
+# Of bytes, which may be a stranger's. PIL knows many more, and runs another program
+# for one of them (EPS).
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 
 
 class UnreadableImage(ValueError):
@@ -106,8 +110,8 @@ def read(
     8 bits, of an animation the first frame is taken.
 
     Args:
-        image: a path, a PIL image, or an array: uint8 [height, width, 3] or
-            [height, width].
+        image: a path, the bytes of a file (JPEG, PNG, BMP, GIF or WebP), a PIL image,
+            or an array: uint8 [height, width, 3] or [height, width].
         max_pixels: of height * width; a larger picture is not decoded.
         reduction: (height, width) of the upright picture -> 1, 2, 4 or 8: a JPEG file
             is decoded so many times smaller.
@@ -118,9 +122,9 @@ def read(
     Raises:
         UnreadableImage: damaged, too large, of another format, or no such file.
     """
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | bytes):
         try:
-            with Image.open(image) as opened:
+            with _open(image) as opened:
                 _reduce(opened, max_pixels, reduction)
                 return _pixels(opened, max_pixels)
         except UnreadableImage:
@@ -147,6 +151,12 @@ def read(
     if not array.size:
         raise UnreadableImage("an array without pixels")
     return array
+
+
+def _open(image: str | Path | bytes) -> Image.Image:
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image), formats=_FORMATS)
+    return Image.open(image)
 
 
 def _reduce(

@@ -104,9 +104,9 @@ class Predictor:
         """Probabilities, float32 [num_images, num_classes].
 
         Args:
-            images: a sequence of paths, PIL images and arrays (uint8 [height, width,
-                3], RGB), one array [num_images, height, width, 3], or a single image
-                of any of these kinds.
+            images: a sequence of paths, bytes of files, PIL images and arrays (uint8
+                [height, width, 3], RGB), one array [num_images, height, width, 3], or
+                a single image of any of these kinds.
 
         Raises:
             UserError: an image cannot be read; names it.
@@ -114,7 +114,7 @@ class Predictor:
         from PIL import Image
 
         single = isinstance(images, np.ndarray) and images.ndim in (2, 3)
-        if single or isinstance(images, str | Path | Image.Image):
+        if single or isinstance(images, str | Path | bytes | Image.Image):
             images = [images]
         rows = []
         for row in self.each(images):
@@ -170,12 +170,18 @@ class Predictor:
         except images.UnreadableImage as error:
             return str(error)
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of the batches that are computed, each compiled once: 1, 2, 4 ... and
+        `batch_size`."""
+        powers = [1 << i for i in range(self.batch_size.bit_length())]
+        return sorted({*powers, self.batch_size})
+
     def probabilities(self, pixels: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Of at most `batch_size` images of the size that the model takes, uint8."""
         if not len(pixels):
             return np.zeros((0, len(self.class_names)), np.float32)
-        # Few sizes of batches, each compiled once: powers of two, and the full one.
-        count = min(self.batch_size, 1 << (len(pixels) - 1).bit_length())
+        count = next(size for size in self.batch_sizes if size >= len(pixels))
         batch = np.zeros((count, *pixels[0].shape), np.uint8)
         batch[: len(pixels)] = pixels
         return np.asarray(self._run(batch))[: len(pixels)]

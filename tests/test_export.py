@@ -132,6 +132,23 @@ def _step(run):
     return run / "best" / "3", NAMES
 
 
+def test_a_network_without_statistics(tmp_path):
+    """As ViT: it has no BatchNorm."""
+    from mljax.formats import program, stablehlo
+
+    def function(weights, images):
+        assert weights["batch_stats"] == {}
+        p = weights["params"]["w"] * images.mean((1, 2))
+        return p, p > 0.5
+
+    weights = {"params": {"w": np.float32([1, 2, 3])}, "batch_stats": {}}
+    about = {"format": program.FORMAT, "image_size": [8, 8]}
+    stablehlo.write(program.Program(function, weights, about), tmp_path / "model")
+    run, _ = stablehlo.read(tmp_path / "model")
+    p, _ = run(np.ones((5, 8, 8, 3), np.uint8))
+    np.testing.assert_array_equal(p, [[1, 2, 3]] * 5)
+
+
 @pytest.mark.parametrize("form", ["stablehlo"])
 def test_what_differs_is_refused(form, tmp_path, capsys, monkeypatch):
     run = save_run(tmp_path / "run", "linear")

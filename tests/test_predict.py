@@ -102,6 +102,12 @@ def test_exif_rotation(orientation, tmp_path):
     assert np.abs(difference).max() <= 2
 
 
+def test_the_bytes_of_a_file_are_an_image(photos):
+    data = (photos / "2 b.jpg").read_bytes()
+    from_file = images.read(photos / "2 b.jpg", 10**6)
+    np.testing.assert_array_equal(images.read(data, 10**6), from_file)
+
+
 def test_probabilities_are_those_of_evaluation(checkpoint):
     folder, model, config = checkpoint
     given = np.stack([draw(i, 32, 32) for i in range(5)])

@@ -30,7 +30,9 @@ def write(program: Program, path: Path) -> None:
     flat = flatten_dict(program.weights, sep=".")
 
     def function(weights, images):
-        return program.function(unflatten_dict(weights, sep="."), images)
+        # A network without BatchNorm has no statistics, and nothing empty is stored.
+        nested = {"batch_stats": {}} | unflatten_dict(weights, sep=".")
+        return program.function(nested, images)
 
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *program.sides, 3), np.uint8)
