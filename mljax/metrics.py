@@ -4,6 +4,7 @@ Labels are 1, 0 or -1 (not annotated: left out of everything). No result depends
 the order of the images.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,7 +43,9 @@ def average_precision(
     num_images, num_classes = scores.shape
     dtype = np.result_type(scores.dtype, np.float32)
     result = np.full(num_classes, np.nan)
-    step = max(1, _BLOCK // max(1, num_images))
+    workers = min(os.cpu_count() or 1, _MOST_THREADS)
+    # Each thread has a share of a small table, too.
+    step = max(1, min(_BLOCK // max(1, num_images), math.ceil(num_classes / workers)))
 
     def measure(start: int) -> None:
         block = slice(start, start + step)
@@ -55,7 +58,7 @@ def average_precision(
 
     starts = range(0, num_classes, step)
     # Sorting is nearly all of it, and numpy sorts without holding the other threads.
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
+    with ThreadPoolExecutor(workers) as threads:
         list(threads.map(measure, starts))
     return result
 
@@ -158,10 +161,12 @@ def _class_average_precision(scores: NDArray, labels: NDArray, envelope: bool) -
     positives = np.sort(scores[labels == 1])
     if not positives.size:
         return float("nan")
-    annotated = np.sort(scores[labels != -1])
+    # What scores below every positive is retrieved with none, and need not be sorted:
+    # after training that is most of it.
+    others = np.sort(scores[(labels != -1) & (scores >= positives[0])])
     # How many score at least as high as each positive, counting equals.
     true = positives.size - np.searchsorted(positives, positives)
-    retrieved = annotated.size - np.searchsorted(annotated, positives)
+    retrieved = others.size - np.searchsorted(others, positives)
     precision = true / retrieved
     if envelope:
         # Scores ascend here, so recall descends: all before an entry has a higher one.

@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -187,6 +188,34 @@ def test_dtypes(dtype):
     scores = 2 * scores  # integers, exact in each of them
     got = average_precision(scores.astype(dtype), labels.astype(np.float32))
     np.testing.assert_array_equal(got, average_precision(scores, labels))
+
+
+@pytest.mark.parametrize("shift", [-4, 0, 4])
+def test_what_is_not_sorted_changes_nothing(shift):
+    """Positives below, among and above the rest, with ties and infinities."""
+    rng = np.random.default_rng(3)
+    labels = rng.choice(np.int8([1, 0, -1]), (300, 5), p=[0.1, 0.7, 0.2])
+    scores = np.round(rng.standard_normal((300, 5)), 1) + shift * (labels == 1)
+    scores[rng.random(scores.shape) < 0.05] = np.inf
+    scores[rng.random(scores.shape) < 0.05] = -np.inf
+    for c, got in enumerate(average_precision(scores, labels)):
+        s, y = scores[:, c], labels[:, c]
+        at_least = [(s >= threshold) & (y != -1) for threshold in s[y == 1]]
+        want = np.mean([(y[above] == 1).mean() for above in at_least])
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_memory_is_that_of_a_few_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    scores = rng.random((2000, 1000), np.float32)
+    labels = (scores < 0.1).astype(np.int8)
+    monkeypatch.setattr(metrics, "_BLOCK", 50_000)
+    monkeypatch.setattr(metrics, "_MOST_THREADS", 2)
+    tracemalloc.start()
+    average_precision(scores, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 20 * 50_000 < scores.nbytes / 3
 
 
 def test_fast_enough_to_run_after_every_epoch():
