@@ -70,8 +70,12 @@ def test_remat_keeps_less_and_changes_no_number(name):
     again, kept_with_remat = training_step(name, remat=True)
     assert kept_with_remat < 0.7 * kept
 
+    # A bias before BatchNorm has a gradient of 0, up to the rounding of terms that are
+    # as large as the other gradients.
+    whole = max(float(np.abs(x).max()) for x in jax.tree.leaves(plain[0]))
+
     def close(one, other):
-        scale = np.abs(one).max() + 1e-6
+        scale = np.abs(one).max() + 0.01 * whole
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * scale)
 
     jax.tree.map(close, plain, again)

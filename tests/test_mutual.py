@@ -105,9 +105,13 @@ OPTIONS = {
 
 
 def trainer(params, apply, loss, **options):
-    """(params, stats) -> the state after some steps, and the last metrics."""
+    """(params, stats) -> the state after some steps, and the last metrics.
+
+    Not AdamW: it makes full steps of the rounding that is the gradient of a bias before
+    BatchNorm.
+    """
     config = get_config().optim
-    config.update(lr=0.05, name="adamw")
+    config.update(lr=0.05, name="sgd")
     optimizer = make_optimizer(config, 16, 30, params)
     build = partial(make_train_step, apply, loss, optimizer, identity, **OPTIONS)
     step = jax.jit(build(**options))

@@ -62,7 +62,17 @@ def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
     serve = module.signatures["serving_default"]
 
     def run(images: np.ndarray) -> tuple[np.ndarray, ...]:
-        found = serve(**{INPUT: tf.constant(images)})
+        try:
+            found = serve(**{INPUT: tf.constant(images)})
+        except tf.errors.InvalidArgumentError as error:
+            if "deserialize" not in str(error):
+                raise
+            # TensorFlow's StableHLO is older than the oldest that this JAX writes.
+            raise UserError(
+                f"savedmodel: TensorFlow {tf.__version__} cannot read what this JAX "
+                "writes; export with an older JAX (0.10.2 and TensorFlow 2.21 go "
+                "together), or as stablehlo or onnx"
+            ) from None
         return tuple(found[name].numpy() for name in OUTPUTS)
 
     # A signature does not keep alive what it was loaded from.
