@@ -237,6 +237,15 @@ def get_config(arg: str = "") -> ConfigDict:
     # mesh.fsdp devices), or a multiple; model.batch_norm_groups is the same or more.
     sam.groups = 1
     sam.update_stats = "both"  # BatchNorm statistics move in: both | first
+    # SAM for less than two passes a step, in one of three ways:
+    # momentum: one pass, perturbed along the optimiser's momentum (Momentum-SAM); it
+    # takes a larger rho: its authors use 3 where SAM has 0.2.
+    sam.direction = "gradient"  # gradient | momentum
+    # SAM in every k-th step only (LookSAM). The others take one pass and add SAM's
+    # direction of the last full step with the weight reuse; 0 = they do without.
+    sam.every_steps = 1
+    sam.reuse = 0.7
+    sam.every_images = 1  # the first pass sees every n-th image of the batch
 
     config.ema = ema = ConfigDict()
     ema.decay = 0.9997  # per step; 0 = no EMA

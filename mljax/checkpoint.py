@@ -6,6 +6,7 @@ better. Both carry a JSON description (config, class names, progress).
 """
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,22 @@ class Checkpoints:
         return check_format(found, self.folder / str(step))
 
     def load(self, step: int, abstract: Any) -> Any:
-        """The state of `step` in the shapes, types and shardings of `abstract`."""
-        with _readable_errors(self.folder / str(step)):
-            return self._orbax.load(step, abstract)
+        """The state of `step` in the shapes, types and shardings of `abstract`.
+
+        Where that is a dataclass, a part that is None may be missing: the state was
+        saved before there was such a part.
+        """
+        folder = self.folder / str(step)
+        with _readable_errors(folder):
+            if not is_dataclass(abstract):
+                return self._orbax.load(step, abstract)
+            saved = ocp.metadata(folder, checkpointable_name="state").metadata
+            wanted = {
+                name: part
+                for name, part in vars(abstract).items()
+                if name in saved or part is not None
+            }
+            return replace(abstract, **self._orbax.load(step, wanted))
 
     def drop_after(self, step: int) -> None:
         """Deletes what was saved after `step`: it will be computed again."""

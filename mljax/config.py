@@ -6,6 +6,7 @@ The settings themselves, with their defaults, are in `configs/common.py`.
 import difflib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -160,7 +161,43 @@ def validate(config: ConfigDict) -> None:
             f"config.epochs = {config.epochs} (0 freezes for the whole run)"
         )
     _refuse_idle(config, flat)
+    _validate_sam(config)
     _validate_data(config.data)
+
+
+def _validate_sam(config: ConfigDict) -> None:
+    """Raises UserError where a cheaper form of SAM lacks what it needs."""
+    sam, optim = config.sam, config.optim
+    key = "momentum" if optim.name == "sgd" else "b1"
+    cycles = optim.schedule == "one_cycle" and optim.cycle_momentum
+    if sam.direction == "momentum" and not optim[key] and not cycles:
+        raise UserError(
+            "config.sam.direction = 'momentum': the optimiser has none; set "
+            f"config.optim.{key} above 0 (or leave config.sam.direction at 'gradient')"
+        )
+    if sam.every_images == 1:
+        return
+    if sam.every_steps > 1 and sam.reuse:
+        raise UserError(
+            f"config.sam.every_images = {sam.every_images}: does not go with "
+            f"config.sam.every_steps = {sam.every_steps}, whose other steps use again "
+            "what all images gave; set one of the two to 1, or config.sam.reuse=0"
+        )
+    parts = _first_pass_parts(config)
+    at_once = parts * config.model.batch_norm_groups
+    if config.batch_size % at_once:
+        raise UserError(
+            f"config.sam.every_images = {sam.every_images}: config.batch_size = "
+            f"{config.batch_size} must be divisible by {at_once} (every_images, times "
+            "the parts in which config.optim.accumulate and "
+            "config.model.batch_norm_groups run the first pass)"
+        )
+
+
+def _first_pass_parts(config: ConfigDict) -> int:
+    """The batch over the images that SAM's first pass runs at once."""
+    every = config.sam.every_images
+    return every * math.ceil(config.optim.accumulate / every)
 
 
 def _validate_data(data: ConfigDict) -> None:
@@ -199,6 +236,8 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     mixup, cutmix = data.mixup_alpha > 0, data.cutmix_alpha > 0
     either = "config.data.mixup_alpha or config.data.cutmix_alpha above 0"
     table, is_table = data.table, data.name == "table"
+    rho, by_gradient = config.sam.rho, config.sam.direction == "gradient"
+    cheaper = ("direction", "groups", "every_steps", "every_images")
     lists = "config.data.table.labels"
     checks = [
         (f"data.{key}", data.name in names, f"config.data.name = {' or '.join(names)}")
@@ -225,7 +264,12 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
         ("data.cutmix_alpha", config.batch_size > 1, "config.batch_size above 1"),
         ("data.mixup_prob", mixup or cutmix, either),
         ("data.mixup_switch_prob", mixup and cutmix, either.replace(" or ", " and ")),
-        ("sam.groups", config.sam.rho > 0, "config.sam.rho above 0"),
+        *((f"sam.{key}", rho > 0, "config.sam.rho above 0") for key in cheaper),
+        ("sam.reuse", config.sam.every_steps > 1, "config.sam.every_steps above 1"),
+        *(
+            (f"sam.{key}", by_gradient, "config.sam.direction = gradient")
+            for key in (*cheaper[1:], "adaptive", "update_stats")
+        ),
         ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
         ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),
     ):
@@ -242,6 +286,15 @@ def validate_devices(config: ConfigDict, devices: int) -> None:
         raise UserError(
             f"config.eval.batch_size = {config.eval.batch_size}: must be divisible by "
             f"the {devices} devices"
+        )
+    parts = devices * _first_pass_parts(config)
+    if config.sam.every_images > 1 and config.batch_size % parts:
+        nearest = max(parts, round(config.batch_size / parts) * parts)
+        raise UserError(
+            f"config.sam.every_images = {config.sam.every_images}: the images of the "
+            f"first pass must be shared equally by the {devices} devices; "
+            f"config.batch_size = {config.batch_size} must be divisible by {parts}; "
+            f"{nearest} would do"
         )
     parts = devices * config.optim.accumulate
     if config.batch_size % parts:

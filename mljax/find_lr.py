@@ -66,6 +66,7 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
     keys = ["model.backbone", "model.head", "loss.name", "loss.reduction"]
     keys += [key for key in here if key.startswith(f"loss.{config.loss.name}.")]
     keys += ["optim.name", "optim.lr_reference_batch", "sam.rho", "mutual.weight"]
+    keys += ["sam.direction", "sam.every_steps", "sam.reuse", "sam.every_images"]
     keys += ["optim.freeze", "optim.backbone_lr_factor", "optim.layer_decay"]
     if not config.optim.lr_reference_batch:  # which makes one lr of all batch sizes
         keys.append("batch_size")

@@ -185,6 +185,34 @@ def make_optimizer(
     return _with_frozen(first, second, frozen, thaw_step)
 
 
+def momentum_of(opt_state: PyTree, params: PyTree) -> PyTree:
+    """The running sum of gradients that an optimiser of `make_optimizer` keeps.
+
+    Of adamw and lamb it is the running average (first moment): shorter, but of the same
+    direction. SGD's gradients have the weight decay in them.
+
+    Args:
+        opt_state: its state; that of frozen parameters has no entry in it.
+        params: the parameters.
+
+    Returns:
+        A tree like `params`, 0 for what the optimiser does not move.
+    """
+    kinds = optax.TraceState | optax.ScaleByAdamState
+    found = jax.tree.map(jnp.zeros_like, params)
+    for state in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
+        if not isinstance(state, kinds):
+            continue
+        part = state.trace if isinstance(state, optax.TraceState) else state.mu
+        found = jax.tree.map(
+            lambda new, old: old if new is None else new,
+            part,
+            found,
+            is_leaf=lambda x: x is None,
+        )
+    return found
+
+
 def _optimizer(
     config: ConfigDict,
     learning_rate: Schedule,

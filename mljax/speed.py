@@ -1,7 +1,7 @@
 """How fast a run is and what it waits for: read off the clock every few steps."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,20 @@ def peak_of(device: Any) -> float:
     return PEAKS[max(fitting, key=len)] if fitting else 0.0
 
 
-def flops_of(step: Any, *arguments: Any) -> float:
+def mean_flops(steps: Sequence[Any], *arguments: Any) -> float:
     """FLOPs that XLA counts in a jitted step, over all devices, before it optimises.
 
     The second pass of SAM and what is computed again to save memory count too.
 
     Args:
-        step: from `jax.jit`, called before with such arguments.
+        steps: from `jax.jit`; the mean is over them, each as often as it is there.
         arguments: arrays or shape structs.
     """
-    found = step.lower(*arguments).cost_analysis()
-    return float((found or {}).get("flops", 0.0))
+    total = 0.0
+    for step in set(steps):
+        found = step.lower(*arguments).cost_analysis()
+        total += steps.count(step) * float((found or {}).get("flops", 0.0))
+    return total / len(steps)
 
 
 class Profiler:

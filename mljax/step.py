@@ -6,6 +6,7 @@ Both are plain functions of a state and a batch; the caller jits them:
     state, metrics = train_step(state, batch)
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mljax import sam
 from mljax.finetune import hold, keep
-from mljax.optim import Optimizer
+from mljax.optim import Optimizer, momentum_of
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -34,7 +36,8 @@ Preprocess = Callable[[jax.Array], jax.Array]
 class TrainState:
     """Everything that a step changes and a checkpoint keeps.
 
-    The fields `ema_params` and `ema_batch_stats` are None where there is no EMA.
+    The fields `ema_params` and `ema_batch_stats` are None where there is no EMA,
+    `sam_direction` where no step uses SAM's direction of an earlier one.
     """
 
     step: jax.Array  # int32: steps done, the skipped ones too
@@ -45,10 +48,15 @@ class TrainState:
     ema_batch_stats: PyTree
     skipped: jax.Array  # int32: non-finite steps so far
     skipped_in_row: jax.Array  # int32: non-finite steps since the last good one
+    sam_direction: PyTree = None  # `sam.apart` of the last full step
 
 
 def create_state(
-    params: PyTree, batch_stats: PyTree, optimizer: Optimizer, use_ema: bool
+    params: PyTree,
+    batch_stats: PyTree,
+    optimizer: Optimizer,
+    use_ema: bool,
+    keep_direction: bool = False,
 ) -> TrainState:
     """A state at step 0, in which no two arrays share memory: it may be donated.
 
@@ -57,6 +65,7 @@ def create_state(
         batch_stats: nested dict of arrays, {} for a model without BatchNorm.
         optimizer: from `make_optimizer`.
         use_ema: keep averages of both, which start as copies of them.
+        keep_direction: full SAM steps leave their direction for those in between.
     """
 
     def copy(tree: PyTree) -> PyTree:
@@ -72,6 +81,7 @@ def create_state(
         ema_batch_stats=copy(batch_stats) if use_ema else None,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
+        sam_direction=jax.tree.map(jnp.zeros_like, params) if keep_direction else None,
     )
 
 
@@ -87,6 +97,9 @@ def make_train_step(
     sam_adaptive: bool = False,
     sam_update_stats: str = "both",
     sam_groups: Callable[[Any], Any] | None = None,
+    sam_every_images: int = 1,
+    sam_by_momentum: bool = False,
+    sam_reuse: float = 0.0,
     ema_decay: float = 0.0,
     accumulate: int = 1,
     clip_norm: float = 0.0,
@@ -113,6 +126,18 @@ def make_train_step(
         sam_update_stats: which passes move the batch statistics, "both" or "first".
         sam_groups: from `groups.over_devices`, for m-sharpness: each part of the batch
             has a perturbation of its own; None = that of the whole batch.
+        sam_every_images: SAM's first pass sees every so many-th image, in as few parts
+            as are no larger than those of the second pass. It normalises by that
+            part's own statistics, and moves the running ones by them as any first
+            pass does: mean and (unbiased) variance of fewer images are noisier, but
+            not off, and running averages smooth that.
+        sam_by_momentum: perturb along the optimiser's momentum, in one pass, see
+            `sam.look_ahead`.
+        sam_reuse: with sam_rho = 0: a step in between, which adds the state's
+            `sam_direction` with this weight, see `sam.reuse`. Steps with SAM renew the
+            direction where the state has one. Two programs, of which the caller takes
+            one by the step's number: under lax.cond the gradients of convolutions
+            would be many times slower on the CPU backend.
         ema_decay: per step; 0 = no EMA (as `create_state` with use_ema=False).
         accumulate: the batch is run in this many parts, one after the other. The
             gradient is that of the whole batch, except that BatchNorm sees one part
@@ -137,7 +162,7 @@ def make_train_step(
 
     References:
         Foret et al., "Sharpness-Aware Minimization" (2021), algorithm 1 and section 4.1
-        (m-sharpness), arXiv 2010.01412. Kwon et al., "ASAM" (2021), arXiv 2102.11600.
+        (m-sharpness), arXiv 2010.01412. The other forms: `mljax.sam`.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction = {reduction!r}: must be "sum" or "mean"')
@@ -166,14 +191,19 @@ def make_train_step(
         return loss, grads, stats
 
     def gradient(
-        params: PyTree, batch_stats: PyTree, images: Any, labels: Any, rng: Any
+        params: PyTree,
+        batch_stats: PyTree,
+        images: Any,
+        labels: Any,
+        rng: Any,
+        parts: int = accumulate,
     ) -> tuple[jax.Array, PyTree, PyTree]:
         """Loss and gradient of the batch, and the batch statistics after it."""
-        images, labels = _parts(images, accumulate), _parts(labels, accumulate)
+        images, labels = _parts(images, parts), _parts(labels, parts)
         total: PyTree = ()
         # A Python loop: the gradient of a convolution inside lax.scan is about 60
         # times slower on the CPU backend.
-        for i in range(accumulate):
+        for i in range(parts):
             part_images, key = images[:, i], jax.random.fold_in(rng, i)
             if i:
                 # Zero, but not before the last part is done. Otherwise XLA keeps the
@@ -186,23 +216,40 @@ def make_train_step(
             part = (loss, grads)
             total = jax.tree.map(jnp.add, total, part) if i else part
         if reduction == "mean":
-            total = jax.tree.map(lambda x: x / accumulate, total)
+            total = jax.tree.map(lambda x: x / parts, total)
         return *total, batch_stats
 
     def passes(
-        params: PyTree, batch_stats: PyTree, images: Any, labels: Any, *keys: Any
+        params: PyTree,
+        batch_stats: PyTree,
+        images: Any,
+        labels: Any,
+        *keys: Any,
+        both: bool,
     ) -> tuple[jax.Array, PyTree, PyTree]:
-        """`gradient`, with SAM that of the second pass."""
-        loss, grads, stats = gradient(params, batch_stats, images, labels, keys[0])
-        if sam_rho:
-            ascend = partial(_ascend, rho=sam_rho, adaptive=sam_adaptive)
-            nearby = each(ascend, params, grads)
-            # What XLA sees to be the same in both passes it computes once.
-            nearby = keep(params, nearby, frozen)
-            loss, grads, second_stats = gradient(nearby, stats, images, labels, keys[1])
-            if sam_update_stats == "both":
-                stats = second_stats
-        return loss, grads, stats
+        """`gradient`, with SAM that of the second pass.
+
+        The gradient comes as a pair, with that of the first pass if `both`, or None.
+        """
+        if not sam_rho or sam_by_momentum:
+            loss, grads, stats = gradient(params, batch_stats, images, labels, keys[0])
+            return loss, (grads, None), stats
+        _, plain, stats = gradient(
+            params,
+            batch_stats,
+            _parts(images, sam_every_images)[:, 0],
+            _parts(labels, sam_every_images)[:, 0],
+            keys[0],
+            parts=math.ceil(accumulate / sam_every_images),
+        )
+        ascend = partial(sam.ascend, rho=sam_rho, adaptive=sam_adaptive)
+        nearby = each(ascend, params, plain)
+        # What XLA sees to be the same in both passes it computes once.
+        nearby = keep(params, nearby, frozen)
+        loss, grads, second_stats = gradient(nearby, stats, images, labels, keys[1])
+        if sam_update_stats == "both":
+            stats = second_stats
+        return loss, (grads, plain if both else None), stats
 
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array]
@@ -211,13 +258,22 @@ def make_train_step(
         augment_key, first_key, second_key = jax.random.split(key, 3)
         images, labels = augment(batch["image"], batch["labels"], augment_key)
 
-        start = state.params
-        compute = passes
+        start, direction = state.params, state.sam_direction
+        renews = direction is not None and sam_rho > 0
+        compute: Any = partial(passes, both=renews)
+        if sam_rho and sam_by_momentum:
+            momentum = momentum_of(state.opt_state, start)
+            nearby = each(partial(sam.look_ahead, rho=sam_rho), start, momentum)
+            start = keep(start, nearby, frozen)
         if sam_groups is not None:
-            start, compute = _gathered(start, mesh), sam_groups(passes)
-        loss, grads, stats = compute(
+            start, compute = _gathered(start, mesh), sam_groups(compute)
+        loss, (grads, plain), stats = compute(
             start, state.batch_stats, images, labels, first_key, second_key
         )
+        if renews:
+            direction = each(sam.apart, grads, plain)
+        elif sam_reuse:
+            grads = each(partial(sam.reuse, alpha=sam_reuse), grads, direction)
 
         grad_norm = optax.tree.norm(grads)
         if clip_norm:
@@ -226,7 +282,13 @@ def make_train_step(
             grads, state.opt_state, state.params, state.step
         )
         params = keep(state.params, optax.apply_updates(state.params, updates), frozen)
-        new = replace(state, params=params, batch_stats=stats, opt_state=opt_state)
+        new = replace(
+            state,
+            params=params,
+            batch_stats=stats,
+            opt_state=opt_state,
+            sam_direction=direction,
+        )
         if ema_decay:
             new = replace(
                 new,
@@ -286,19 +348,6 @@ def make_eval_step(
 def half_life_decay(half_life: float, batch_size: int) -> float:
     """The EMA decay per step after which half is forgotten in `half_life` images."""
     return 0.5 ** (batch_size / half_life)
-
-
-def _ascend(params: PyTree, grads: PyTree, rho: float, adaptive: bool) -> PyTree:
-    """The worst point near `params`: w + e, SAM's equation 2 (ASAM's with T = |w|).
-
-    e = rho g / (|g| + 1e-12), or e = rho w^2 g / (| |w| g | + 1e-12).
-    """
-    if adaptive:
-        scaled = jax.tree.map(lambda w, g: jnp.abs(w) * g, params, grads)
-        step = rho / (optax.tree.norm(scaled) + 1e-12)
-        return jax.tree.map(lambda w, g: w + step * w**2 * g, params, grads)
-    step = rho / (optax.tree.norm(grads) + 1e-12)
-    return jax.tree.map(lambda w, g: w + step * g, params, grads)
 
 
 def _clip(grads: PyTree, limit: float) -> PyTree:

@@ -21,6 +21,7 @@ from mljax import (
     optim,
     preemption,
     results,
+    sam,
     sharding,
     speed,
     step,
@@ -93,7 +94,13 @@ def setup(
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
 
     def create(params: Any, batch_stats: Any) -> step.TrainState:
-        return step.create_state(params, batch_stats, optimizer, use_ema=ema_decay > 0)
+        return step.create_state(
+            params,
+            batch_stats,
+            optimizer,
+            use_ema=ema_decay > 0,
+            keep_direction=config.sam.every_steps > 1 and config.sam.reuse > 0,
+        )
 
     shapes = jax.eval_shape(create, params, batch_stats)
     shardings = sharding.state_sharding(shapes, run.mesh)
@@ -110,7 +117,7 @@ def setup(
         is_mean = config.loss.reduction == "mean"
         sam_groups = groups.over_devices(config.sam.groups, run.mesh, is_mean)
 
-    def compiled(frozen: Any) -> Any:
+    def compiled(frozen: Any, full: bool) -> Any:
         train_step = step.make_train_step(
             run.train_apply(frozen is not None),
             loss_fn,
@@ -118,10 +125,13 @@ def setup(
             make_augment(config),
             reduction=config.loss.reduction,
             seed=config.seed,
-            sam_rho=config.sam.rho,
+            sam_rho=config.sam.rho if full else 0.0,
             sam_adaptive=config.sam.adaptive,
             sam_update_stats=config.sam.update_stats,
             sam_groups=sam_groups,
+            sam_every_images=config.sam.every_images,
+            sam_by_momentum=config.sam.direction == "momentum",
+            sam_reuse=0.0 if full else config.sam.reuse,
             ema_decay=ema_decay,
             accumulate=config.optim.accumulate,
             clip_norm=config.optim.clip_norm,
@@ -136,16 +146,17 @@ def setup(
             donate_argnums=0,
         )
 
-    train_step = frozen_step = compiled(None)
+    # Programs of their own, compiled at their first step: nothing is computed for what
+    # is frozen, nor for a perturbation in a step that has none.
+    programs = {(False, full): compiled(None, full) for full in (True, False)}
     frozen_until = 0
     if config.optim.freeze:
-        # A program of its own, in which nothing is computed for what is frozen.
         frozen = finetune.frozen_parameters(params, config.optim.freeze)
-        frozen_step = compiled(frozen)
+        programs |= {(True, full): compiled(frozen, full) for full in (True, False)}
         frozen_until = thaw_step or total_steps
 
     def step_at(at: int) -> Callable[..., Any]:
-        return frozen_step if at <= frozen_until else train_step
+        return programs[at <= frozen_until, sam.is_full(at, config.sam.every_steps)]
 
     return Setup(
         sources=sources,
@@ -271,7 +282,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         judge(start, start // steps_per_epoch)
     batches = terminal.speed.timed(batches)
     profiler = speed.Profiler(config.profile, folder / "tensorboard")
-    previous = None
+    previous, compiled = None, set()
     with preemption.watching() as watch:
         for at in range(start + 1, total_steps + 1):
             if progress.stopped:
@@ -281,20 +292,25 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             progress.see(batch, source.names, config.train.max_bad_steps)
             arrays = {name: batch[name] for name in ("image", "labels")}
             placed = sharding.global_batch(arrays, rows)
-            state, metrics = made.step_at(at)(state, placed)
+            program = made.step_at(at)
+            state, metrics = program(state, placed)
             # The numbers of a step are fetched once the next one is running.
             if previous is not None:
                 absorb(*previous)
             previous = at, metrics
-            if at == start + 1:
+            if program not in compiled:
+                compiled.add(program)
                 jax.block_until_ready(metrics)
-                if jax.process_index() == 0:
-                    program = made.step_at(at)
-                    terminal.speed.flops = speed.flops_of(program, made.state, placed)
-                terminal.first_step(time.perf_counter() - started)
-            elif at == made.thaw_step + 1:
-                jax.block_until_ready(metrics)
-                terminal.thawed()
+                if at == start + 1:
+                    terminal.first_step(time.perf_counter() - started)
+                elif at == made.thaw_step + 1:
+                    terminal.thawed()
+                if at == start + 1 and jax.process_index() == 0:
+                    period = range(at, at + config.sam.every_steps)
+                    terminal.speed.flops = speed.mean_flops(
+                        [made.step_at(i) for i in period], made.state, placed
+                    )
+                terminal.restart_clock()
 
             epoch, inside = divmod(at, steps_per_epoch)
             due = not inside and (
