@@ -6,7 +6,7 @@ better. Both carry a JSON description (config, class names, progress).
 """
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,12 @@ class Checkpoints:
     def load(self, step: int, abstract: Any) -> Any:
         """The state of `step` in the shapes, types and shardings of `abstract`.
 
-        Where that is a dataclass, a part that is None may be missing: the state was
-        saved before there was such a part.
+        `abstract` is a dict or a dataclass. A part of a dataclass that is None may be
+        missing: the state was saved before there was such a part.
         """
         folder = self.folder / str(step)
         with _readable_errors(folder):
-            if not is_dataclass(abstract):
+            if isinstance(abstract, Mapping):
                 return self._orbax.load(step, abstract)
             saved = ocp.metadata(folder, checkpointable_name="state").metadata
             wanted = {

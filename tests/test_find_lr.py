@@ -195,6 +195,7 @@ def test_a_found_learning_rate_is_used(tmp_path):
         ("loss.reduction", "mean"),
         ("loss.aam.scale", 23.0),
         ("sam.rho", 0.05),
+        ("sam.every_steps", 5),
         ("model.backbone", "resnet50"),
         ("model.head", "gcn"),
     ],
