@@ -136,8 +136,8 @@ def make_train_step(
         sam_reuse: with sam_rho = 0: a step in between, which adds the state's
             `sam_direction` with this weight, see `sam.reuse`. Steps with SAM renew the
             direction where the state has one. Two programs, of which the caller takes
-            one by the step's number: under lax.cond the gradients of convolutions
-            would be many times slower on the CPU backend.
+            one by the step's number, and not lax.cond: on the CPU backend gradients of
+            convolutions are slow in control flow (in lax.scan about 60 times).
         ema_decay: per step; 0 = no EMA (as `create_state` with use_ema=False).
         accumulate: the batch is run in this many parts, one after the other. The
             gradient is that of the whole batch, except that BatchNorm sees one part
