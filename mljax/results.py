@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mljax import checkpoint, evaluate, pictures, sharding, workdir
+from mljax import checkpoint, evaluate, pictures, sharding, tables, workdir
 from mljax.data.source import Source, Sources
 from mljax.early_stopping import better_weights
 from mljax.errors import UserError
@@ -18,7 +18,6 @@ from mljax.run import Run, for_use
 from mljax.step import TrainState
 
 _FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1")
-_MOST_CLASSES = 40  # a longer table shows the ends only
 
 
 def choose_judge(sources: Sources, config: ConfigDict) -> tuple[Source, str]:
@@ -148,15 +147,13 @@ def table(
     """The result as text: AP by class with its positives, then the means."""
     positives = (source.labels == 1).sum(0)
     order = sorted(range(len(names)), key=lambda i: -(per_class[i] or 0.0))
-    shown = [f"{'class':<24} {'positives':>9} {'AP':>7}"]
-    for place, i in enumerate(order):
-        if len(order) > _MOST_CLASSES and 10 <= place < len(order) - 10:
-            if place == 10:
-                shown.append(f"... {len(order) - 20} more: metrics.json")
-            continue
+    lines = []
+    for i in order:
         ap = per_class[i]
         text = "none" if ap is None else f"{100 * ap:.2f}"
-        shown.append(f"{names[i]:<24} {positives[i]:>9} {text:>7}")
+        lines.append(f"{names[i]:<24} {positives[i]:>9} {text:>7}")
+    head = f"{'class':<24} {'positives':>9} {'AP':>7}"
+    shown = [head, *tables.ends(lines, workdir.SUMMARY)]
     empty = sum(ap is None for ap in per_class)
     if empty:
         shown.append(f"({empty} without a positive are left out of the mean)")

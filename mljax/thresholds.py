@@ -15,13 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from mljax import calibration, decision, held_out, memory, metrics, operating_points
+from mljax import (
+    calibration,
+    decision,
+    held_out,
+    memory,
+    metrics,
+    operating_points,
+    tables,
+)
 from mljax import main as program
 from mljax.decision import DEFAULT, Decision
 from mljax.errors import UserError
 
 _FIGURES = ("OF1", "CF1", "ECE", "class ECE")
-_MOST_CLASSES = 40
 
 # Chooses on (logits, labels), both [num_images, num_classes].
 Chooser = Callable[[np.ndarray, np.ndarray], tuple[Decision, operating_points.Choice]]
@@ -217,19 +224,16 @@ def _class_table(
     precision = right / np.maximum(said.sum(0), 1)
     recall = right / np.maximum(positives, 1)
     order = np.argsort(-positives, kind="stable")
-    shown = [f"{'class':<24} {'positives':>9} {'threshold':>9} {'P':>6} {'R':>6}"]
-    for place, c in enumerate(order):
-        if len(order) > _MOST_CLASSES and 10 <= place < len(order) - 10:
-            if place == 10:
-                shown.append(f"... {len(order) - 20} more: {decision.FILE}")
-            continue
+    lines = []
+    for c in order:
         note = "" if choice.reached[c] else "  not reached"
-        shown.append(
+        lines.append(
             f"{names[c]:<24} {positives[c]:>9} {decided.thresholds[c]:>9.3f} "
             f"{100 * precision[c]:>6.1f} {100 * recall[c]:>6.1f}{note}"
         )
-    shown.append(f"{'(all classes as one)':<24} {'':>9} {choice.overall:>9.3f}")
-    return "\n".join(shown)
+    head = f"{'class':<24} {'positives':>9} {'threshold':>9} {'P':>6} {'R':>6}"
+    overall = f"{'(all classes as one)':<24} {'':>9} {choice.overall:>9.3f}"
+    return "\n".join([head, *tables.ends(lines, decision.FILE), overall])
 
 
 def _gain_table(found: dict[str, np.ndarray]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mljax import main as program
-from mljax import workdir
+from mljax import tables, workdir
 from mljax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 _THUMBNAIL = 200  # pixels
-_MOST_CLASSES = 40  # a longer table shows the ends only
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -144,16 +143,12 @@ def _table(classes: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[
     """Positives and unknown labels of the classes, the most frequent first."""
     order = sorted(classes, key=lambda row: -row["train"]["positives"])
     heads = "".join(f"{split:>9}" for split in splits)
-    lines = [f"{'label':<24}{heads}  unknown"]
-    for place, row in enumerate(order):
-        if len(order) > _MOST_CLASSES and 15 <= place < len(order) - 15:
-            if place == 15:
-                lines.append(f"... {len(order) - 30} more: report.html")
-            continue
+    lines = []
+    for row in order:
         counts = "".join(f"{row[split]['positives']:>9}" for split in splits)
         unknown = sum(row[split]["unknown"] for split in splits)
         lines.append(f"{row['name']:<24}{counts}{unknown:>9}")
-    return lines
+    return [f"{'label':<24}{heads}  unknown", *tables.ends(lines, "report.html")]
 
 
 def _progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
