@@ -8,7 +8,7 @@ Checkpoints of the paper's PyTorch implementation have more names: `paper_names`
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -153,8 +153,9 @@ class _Stored:
         return np.asarray(self.variable[...]).transpose(np.argsort(self.axes))
 
     def assign(self, array: np.ndarray) -> None:
-        values = jnp.asarray(array.transpose(self.axes), self.variable[...].dtype)
-        self.variable[...] = values
+        # A copy of ours; jnp.asarray would compile a program for every shape.
+        values = np.array(array.transpose(self.axes), self.variable[...].dtype)
+        self.variable[...] = jax.device_put(values)
 
 
 def _layers(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module]]:

@@ -42,8 +42,8 @@ def draw(
 ) -> jax.Array:
     """Random initial values: N(0, scale^2) for "normal", +-scale for "uniform".
 
-    Drawn with numpy, seeded by the next key of `rngs`: jax.random compiles a program
-    for every shape, which takes minutes for a whole network. Under a trace
+    Drawn with numpy, seeded by the next key of `rngs`, and put in place as they are:
+    jax.random and jnp.asarray compile programs for every shape. Under a trace
     (`nnx.eval_shape`, `jax.jit`) there is no key to read and jax.random is used.
     """
     shape, dtype = tuple(shape), at_least_float32(dtype)
@@ -57,12 +57,12 @@ def draw(
         values = scale * generator.standard_normal(shape)
     else:
         values = generator.uniform(-scale, scale, shape)
-    return jnp.asarray(values.astype(dtype))
+    return jax.device_put(values.astype(dtype))
 
 
 def constant(value: float, shape: int | Iterable[int], dtype: DTypeLike) -> jax.Array:
     """An initial value the same everywhere; by numpy, for the reason in `draw`."""
-    return jnp.asarray(np.full(shape, value, at_least_float32(dtype)))
+    return jax.device_put(np.full(shape, value, at_least_float32(dtype)))
 
 
 def wide_einsum(
