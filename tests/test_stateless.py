@@ -61,12 +61,14 @@ def test_one_and_four_processes_and_any_start(source):
 
 
 def test_a_late_step_starts_at_once(source):
-    seconds = []
-    for start in (0, 1_000_000):
+    def seconds(start):
         begun = time.process_time()  # other programs may hold this one up
         steps(source, 1, start_step=start)
-        seconds.append(time.process_time() - begun)
-    assert seconds[1] < seconds[0] + 1
+        return time.process_time() - begun
+
+    # The least of some tries; reading all that comes before would be in each.
+    usual = seconds(0)
+    assert any(seconds(1_000_000) < usual + 1 for _ in range(3))
 
 
 PROGRAM = """
