@@ -98,6 +98,7 @@ def main() -> None:
         progress.unreadable.update(batch["index"][~batch["ok"]])
         arrays = {name: batch[name] for name in ("image", "labels")}
         state, metrics = train_step(state, sharding.global_batch(arrays, rows))
+        clock.dispatched(metrics)
         if previous is not None:
             progress.take(jax.device_get(previous), 10)
         previous = metrics

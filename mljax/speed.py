@@ -1,5 +1,6 @@
 """How fast a run is and what it waits for: read off the clock every few steps."""
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,18 +43,39 @@ class Speed:
     def __init__(self, batch_size: int):
         self.batch_size, self.flops = batch_size, 0.0
         self.devices, self.peak = jax.device_count(), peak_of(jax.devices()[0])
+        self._ended: list[float] | None = None
         self.restart()
 
     def restart(self) -> None:
         """Leaves out what came before: evaluation, saving, compiling."""
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
+    def dispatched(self, metrics: Any) -> None:
+        """To be called with what a step gives, which need not be computed yet.
+
+        The loop is a step ahead of the devices: while they still compute, waiting for
+        the next batch costs nothing, and `timed` does not count it.
+        """
+        ended = self._ended = []
+        last = jax.tree.leaves(metrics)[-1]
+
+        # Not block_until_ready: a thread inside it could not end with the program.
+        def watch() -> None:
+            while not last.is_ready():
+                time.sleep(1e-3)
+            ended.append(time.perf_counter())
+
+        threading.Thread(target=watch, daemon=True).start()
+
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """`batches`, the waiting for which is counted."""
+        """`batches`; counts how long nothing was computed because one was not ready."""
         while True:
-            begun = time.perf_counter()
+            idle_from = time.perf_counter()
             batch = next(batches)
-            self._waited += time.perf_counter() - begun
+            ready = time.perf_counter()
+            if self._ended is not None:
+                idle_from = max(idle_from, *self._ended or [ready])
+            self._waited += ready - idle_from
             yield batch
 
     def step(self) -> None:
@@ -62,7 +84,8 @@ class Speed:
     def read(self) -> dict[str, float]:
         """The figures since `restart`, by their names in TensorBoard.
 
-        step_ms, data_wait_ms (of it), images_per_second, and the same of each device;
+        step_ms, data_wait_ms (of it; nothing was computed meanwhile),
+        images_per_second, and the same of each device;
         memory_gb; where they are known teraflops (a second and device) and
         share_of_peak.
         """

@@ -294,6 +294,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             placed = sharding.global_batch(arrays, rows)
             program = made.step_at(at)
             state, metrics = program(state, placed)
+            terminal.speed.dispatched(metrics)
             # The numbers of a step are fetched once the next one is running.
             if previous is not None:
                 absorb(*previous)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -148,6 +149,38 @@ def test_figures_of_speed(monkeypatch):
     assert "2000 ms a step (25% for data)" in speed.text(figures)
     assert "250 GFLOP/s (25% of peak)" in speed.text(figures)
     assert 1e8 < memory.peak_bytes() < 1e12
+
+
+@pytest.mark.parametrize(
+    ("batch_s", "least", "most"), [(0.1, 0, 0.05), (0.3, 0.05, 0.2), (0.8, 0.5, 0.75)]
+)
+def test_only_waiting_while_nothing_is_computed_counts(batch_s, least, most):
+    class Computing:
+        """What a step of 0.2 s gives."""
+
+        def __init__(self):
+            self.end = time.perf_counter() + 0.2
+
+        def is_ready(self):
+            return time.perf_counter() > self.end
+
+    def batches():
+        while True:
+            time.sleep(batch_s)
+            yield None
+
+    found, steps = speed.Speed(64), 4
+    timed = found.timed(batches())
+    next(timed)  # nothing is computed yet
+    found.restart()
+    for _ in range(steps):
+        metrics = Computing()
+        found.dispatched({"loss": metrics})
+        next(timed)
+        while not metrics.is_ready():  # as the loop waits for the step before
+            time.sleep(0.01)
+        found.step()
+    assert least <= found.read()["data_wait_ms"] / 1e3 <= most
 
 
 def test_peaks_are_found_by_the_longest_name():
