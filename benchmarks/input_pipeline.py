@@ -31,7 +31,7 @@ TARGETS = (224, 448)
 CASES = [(size, target) for size in JPEGS for target in TARGETS]
 
 
-def draw_files(folder: Path) -> dict[str, float]:
+def draw_photos(folder: Path, size: tuple[int, int], count: int) -> float:
     """JPEGs of photos with the noise of a camera; gives their mean size in KB."""
     import numpy as np
     from PIL import Image
@@ -39,21 +39,18 @@ def draw_files(folder: Path) -> dict[str, float]:
 
     photos = [Image.fromarray(p) for p in load_sample_images().images]
     rng = np.random.default_rng(0)
-    sizes = {}
-    for name, size in JPEGS.items():
-        (folder / name).mkdir()
-        total = 0
-        for i in range(COUNT):
-            photo = photos[i % 2]
-            x, y = rng.integers(0, 120), rng.integers(0, 90)
-            box = (x, y, x + 500, y + 330)
-            pixels = np.asarray(photo.resize(size, Image.Resampling.BICUBIC, box), int)
-            pixels = pixels + rng.normal(0, 5, pixels.shape)
-            image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-            image.save(folder / name / f"{i:03}.jpg", quality=90)
-            total += (folder / name / f"{i:03}.jpg").stat().st_size
-        sizes[name] = total / COUNT / 1000
-    return sizes
+    folder.mkdir()
+    total = 0
+    for i in range(count):
+        photo = photos[i % 2]
+        x, y = rng.integers(0, 120), rng.integers(0, 90)
+        box = (x, y, x + 500, y + 330)
+        pixels = np.asarray(photo.resize(size, Image.Resampling.BICUBIC, box), int)
+        pixels = pixels + rng.normal(0, 5, pixels.shape)
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        image.save(folder / f"{i:03}.jpg", quality=90)
+        total += (folder / f"{i:03}.jpg").stat().st_size
+    return total / count / 1000
 
 
 def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -205,7 +202,7 @@ def compare(args: argparse.Namespace) -> dict:
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = draw_files(folder)
+        sizes = {n: draw_photos(folder / n, s, COUNT) for n, s in JPEGS.items()}
         for program in programs:
             output = folder / "result.json"
             flags = [f"--rounds={args.rounds}", f"--seconds={args.seconds}"]

@@ -2,13 +2,12 @@
 
 import argparse
 import copy
-import json
 import sys
-import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
+from side_by_side import answer
 
 # timm only imports torchvision.
 for part in ("", ".ops", ".ops.misc", ".datasets", ".transforms"):
@@ -17,6 +16,7 @@ sys.modules["torchvision.transforms.functional"] = MagicMock()
 import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import torch_heads  # noqa: E402
 
 SCALE, K, RHO, DECAY = 17.0, 0.7, 0.05, 0.9997
 CUDA = torch.cuda.is_available()
@@ -24,24 +24,46 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 class Classifier(torch.nn.Module):
-    """timm's backbone and the cosine head, under the names of our export."""
+    """timm's backbone and one of our heads, from the tensors of our export."""
 
-    def __init__(self, name: str, weights: dict[str, torch.Tensor]):
+    def __init__(self, name: str, weights: dict[str, torch.Tensor], head: str):
         super().__init__()
-        self.backbone = timm.create_model(name, num_classes=0)
-        self.has_hidden = "act2.weight" in weights  # MobileNetV3's conv_head
-        self.act2 = torch.nn.PReLU()
-        self.weight = torch.nn.Parameter(weights.pop("classifier.weight"))
-        if self.has_hidden:
-            self.act2.weight.data = weights.pop("act2.weight")
-        self.backbone.load_state_dict(weights)
+        backbone = timm.create_model(name, num_classes=0)
+        names = backbone.state_dict().keys()
+        own = {n: weights[n] for n in weights if n in names}
+        conv_head = None
+        if hasattr(backbone, "conv_head") and not hasattr(backbone, "bn2"):
+            # MobileNetV3's belongs to the linear head.
+            conv_head, backbone.conv_head = backbone.conv_head, torch.nn.Identity()
+            parts = {n: own.pop(n) for n in list(own) if n.startswith("conv_head.")}
+            if parts:
+                state = {n.removeprefix("conv_head."): x for n, x in parts.items()}
+                conv_head.load_state_dict(state)
+        backbone.load_state_dict(own)
+        self.backbone = backbone
+        rest = {n: x for n, x in weights.items() if n not in names}
+        self.head = torch_heads.HEADS[head](rest, conv_head)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.backbone.forward_features(x).mean((2, 3))
-        if self.has_hidden:
-            x = self.act2(self.backbone.conv_head(x[:, :, None, None])[:, :, 0, 0])
-        x, weight = F.normalize(x.float()), F.normalize(self.weight, dim=0)
-        return (x @ weight).clamp(-1, 1)
+        """Normalised images [batch, 3, H, W] -> cosines [batch, classes], float32."""
+        return self.head(self.backbone.forward_features(x))
+
+
+def classifier(
+    args: argparse.Namespace,
+    folder: Path,
+    layout: torch.memory_format,
+    head: str = "linear",
+) -> Classifier:
+    """On the device, with the weights that ours has written."""
+    arrays = np.load(folder / weights_file(head))
+    weights = {name: torch.tensor(arrays[name]) for name in arrays.files}
+    model = Classifier(args.backbone, weights, head)
+    return model.to(DEVICE, memory_format=layout)
+
+
+def weights_file(head: str) -> str:
+    return f"weights-{head}.npz"
 
 
 def aam(cosines: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -53,10 +75,10 @@ def aam(cosines: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 class Training:
     """A model in one memory format with SAM, SGD and EMA."""
 
-    def __init__(self, args, folder: Path, layout: torch.memory_format):
-        arrays = np.load(folder / "weights.npz")
-        weights = {name: torch.tensor(arrays[name]) for name in arrays.files}
-        model = Classifier(args.backbone, weights).to(DEVICE, memory_format=layout)
+    def __init__(
+        self, args, folder: Path, layout: torch.memory_format, head: str = "linear"
+    ):
+        model = classifier(args, folder, layout, head)
         self.average = copy.deepcopy(model)
         biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
         others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
@@ -126,18 +148,10 @@ def main() -> None:
         training.step()
     about = {
         "loss": first,
-        "variants": list(trainings),
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        asked, ms = json.loads(line), []
-        for _ in range(asked["steps"]):
-            begun = time.perf_counter()
-            trainings[asked["variant"]].step()
-            ms.append(1e3 * (time.perf_counter() - begun))
-        print(json.dumps({"ms": ms}), flush=True)
+    answer(about, {name: training.step for name, training in trainings.items()})
 
 
 if __name__ == "__main__":
