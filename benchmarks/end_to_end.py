@@ -26,6 +26,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -48,17 +49,23 @@ def arguments() -> argparse.Namespace:
     add("--torch-python", help="python of the peer's environment; without it ours only")
     add("--root", help="folder with train.json and val.json; without it photos drawn")
     add("--images", type=int, default=1024, help="how many are drawn")
-    add("--photo", default="500x375", help="width x height of those drawn, in pixels")
+    add("--photo", default="500x375", type=photo, help="WIDTHxHEIGHT of those drawn")
     add("--backbone", default="mobilenetv3_large_100")
     add("--size", type=int, default=224, help="pixels along a side, in training")
     add("--batch", type=int, default=32)
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=10, help="bare steps, and batches alone, a round")
-    add("--set", nargs="*", default=[], help="more flags, as config.data.antialias=0")
+    add("--set", nargs="*", default=[], help="settings, as config.data.antialias=0")
     add("--output", help="JSON file for the numbers")
     add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def photo(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be like 500x375")
+    return text
 
 
 def main() -> None:
@@ -66,12 +73,13 @@ def main() -> None:
     if args.worker:
         about, runs = contestant(args, Path(args.worker))
         return answer(about, runs)
+    kept = ["backbone", "size", "batch", "dtype", "rounds", "steps", "set"]
     with tempfile.TemporaryDirectory() as folder:
         if not args.root:
             args.root = draw(args, Path(folder))
+            kept += ["images", "photo"]
         names = ("root", "backbone", "size", "batch", "dtype", "steps")
         shared = ["--worker", folder, *flags(args, names)]
-        # Begun with config, as dashes would be taken for flags of ours.
         own = [*shared, "--set", *args.set]
         workers = {"mljax": Worker([sys.executable, __file__, *own])}
         if args.torch_python:
@@ -90,8 +98,7 @@ def main() -> None:
     results = {name: summarise(found) for name, found in runs.items()}
     print(table(args, about, results))
     print("the log of mljax:", *runs["mljax"]["epoch"][-1]["log"], sep="\n  ")
-    names = ("images", "photo", "backbone", "size", "batch", "dtype", "rounds", "steps")
-    settings = {name: getattr(args, name) for name in (*names, "set")}
+    settings = {name: getattr(args, name) for name in kept}
     save(args.output, {**settings, "results": results, "runs": runs, "about": about})
 
 

@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,33 @@ def test_heads_of_pytorch_are_ours(head):
     fmap = np.random.default_rng(0).random((2, 3, 3, 12)).astype(np.float32)
     expected = peer(torch.tensor(fmap.transpose(0, 3, 1, 2))).detach().numpy()
     np.testing.assert_allclose(model.head(fmap), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "gcn"])
+def test_first_step_of_pytorch_is_ours(head, monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch", reason="the peer's environment has torch")
+    import our_step
+    import torch_step
+
+    class Small(torch.nn.Module):
+        """As `small_networks.Small`."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv1 = torch.nn.Conv2d(3, 12, 3, 8, bias=False)
+            self.bn1 = torch.nn.BatchNorm2d(12)
+
+        def forward_features(self, x):
+            return torch.relu(self.bn1(self.conv1(x)))
+
+    monkeypatch.setattr(torch_step.timm, "create_model", lambda *a, **k: Small())
+    config = our_step.settings(BACKBONE, head, size=16)
+    model, batch = our_step.build(config, 7), our_step.draw_batch(4, 16, 7)
+    our_step.write_weights(tmp_path, model, head)
+    np.savez(tmp_path / "batch.npz", **batch)
+    args = Namespace(backbone=BACKBONE, dtype="float32")
+    ours = our_step.Training(config, model, batch)
+    peer = torch_step.Training(args, tmp_path, torch.channels_last, head)
+    assert peer.loss().item() == pytest.approx(our_step.loss(config, model, batch))
+    # The second pass of SAM; the rates of the first steps are not the same.
+    assert peer.step() == pytest.approx(ours.step(), rel=1e-4)
