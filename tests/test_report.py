@@ -1,5 +1,6 @@
 """The report: its numbers against scikit-learn, and the page from work directories."""
 
+import html
 import json
 import re
 import shutil
@@ -10,7 +11,17 @@ import pytest
 from PIL import Image
 from sklearn import metrics as sk
 
-from mljax import checkpoint, config, label_graph_data, models, versions, workdir
+from mljax import (
+    calibration,
+    checkpoint,
+    config,
+    decision,
+    label_graph_data,
+    models,
+    predict,
+    versions,
+    workdir,
+)
 from mljax.metrics import classification_report
 from mljax.models.functional import split
 from mljax.report import __main__ as report
@@ -46,20 +57,17 @@ def test_curve_is_that_of_scikit_learn():
     assert numbers.curve(p[:, 0], 0 * labels[:, 0]) is None
 
 
-def test_best_thresholds():
+def test_what_thresholds_give():
     p, labels = drawn()
-    labels[:, 5] = np.minimum(labels[:, 5], 0)
-    best = numbers.best_thresholds(p, labels)
-    assert np.isnan([part[5] for part in best]).all()
-    used = np.where(np.isnan(best.threshold), 0.5, best.threshold)
-    again = numbers.at_thresholds(p, labels, used)
-    for c in range(5):
+    above = np.linspace(0.2, 0.9, p.shape[1]).astype(np.float32)
+    found = numbers.at_thresholds(p, labels, above)
+    for c, threshold in enumerate(above):
         known = labels[:, c] != -1
-        y, x = labels[known, c], p[known, c]
-        highest = max(sk.f1_score(y, x > t) for t in np.unique([-1.0, *x]))
-        assert best.f1[c] == pytest.approx(highest)
-        assert again.f1[c] == pytest.approx(highest)
-        assert again.recall[c] == pytest.approx(best.recall[c])
+        y, said = labels[known, c], p[known, c] > threshold
+        precision, recall, f1, _ = sk.precision_recall_fscore_support(
+            y, said, average="binary"
+        )
+        assert [part[c] for part in found] == pytest.approx([precision, recall, f1])
     everywhere = numbers.at_thresholds(p, labels, 0.5)
     expected = classification_report(p, labels)
     assert everywhere.precision.mean() == pytest.approx(expected["CP"])
@@ -85,6 +93,10 @@ def test_confusions_and_most_wrong_by_hand():
     assert losses[1, 2] == 0 and losses[0, 0] == pytest.approx(-np.log(0.1))
     np.testing.assert_array_equal(numbers.most_wrong(p, labels, 9), [0, 1, 2])
     np.testing.assert_array_equal(numbers.most_wrong(p, labels, 1), [0])
+    above = np.array([0.05, 0.95, 0.95])
+    expected = [[0, 0, 0], [1, 0, 0], [1, 0, 0]]
+    np.testing.assert_array_equal(numbers.confusions(p, labels, above), expected)
+    np.testing.assert_array_equal(numbers.most_wrong(p, labels, 9, above), [2, 3])
 
 
 def test_curves_of_a_run_that_was_stopped(tmp_path):
@@ -233,9 +245,66 @@ def test_the_page_of_one_run(runs, tmp_path, capsys):
     assert text.count("data:image/jpeg") == 2 * 12
     assert "0.0.1 of then" in shown and "training noted mAP 25.00" in shown
     assert "val <b>1.png" in shown and "loss, learning rate and speed" in shown
+    assert "No thresholds are kept" in shown and "suggested threshold" in shown
+    assert "is said above 0.5" in shown and "kept threshold</th>" not in text
     assert report.main(arguments) == 1 and "exists" in capsys.readouterr().err
     assert report.main(["--workdir", str(one)]) == 0  # beside what training wrote
     assert (one / "report.html").stat().st_size > 50_000
+
+
+def rows_of(text, heading):
+    """The cells of the first table below a heading, a list a row."""
+    table = text[text.index(f"{heading}</h2>") :]
+    table = table[table.index("<table") : table.index("</table>")]
+    rows = re.findall(r"<tr>(.*?)</tr>", table)
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+    return [[html.unescape(cell) for cell in row] for row in cells]
+
+
+def test_kept_thresholds_are_the_ones_shown(runs, tmp_path):
+    one, _, root = runs
+    folder, output = tmp_path / "kept", tmp_path / "kept.html"
+    shutil.copytree(one, folder)
+    above = np.linspace(0.2, 0.6, len(NAMES)).astype(np.float32)
+    scale = np.full(len(NAMES), 0.5, np.float32)
+    fitted = calibration.Calibration(scale, scale - 0.7)
+    about = {"for": "F1", "on": "12 images, val"}
+    about |= {"before": {"OF1": 0.25}, "after": {"OF1": 0.26}}
+    kept = decision.Decision(above, fitted, about)
+    decision.save(folder / "best" / "4", NAMES, kept)
+    assert report.main([f"--workdir={folder}", f"--output={output}"]) == 0
+    text = output.read_text(encoding="utf-8")
+    Reader(text)
+    assert "No thresholds are kept" not in text and "suggested" not in text
+    assert "Chosen for F1 on 12 images, val." in text
+    assert "OF1 25.00 at 0.5, 26.00 with them" in text
+    assert "is said above its kept threshold" in text and "as trained, ECE" in text
+
+    images = [root / f"val <b>{i}.png" for i in range(12)]
+    labels = np.eye(len(NAMES), dtype=int)[np.arange(12) % len(NAMES)]
+    p, plain = (predict.load(run).predict(images) for run in (folder, one))
+    assert np.abs(p - plain).max() > 0.01  # calibrated
+    head, *rows = rows_of(text, "Thresholds")
+    assert head == ["label", "images", "kept threshold", "P", "R", "F1", "F1 at 0.5"]
+    for c, row in enumerate(rows):
+        assert row[0] == NAMES[c] and float(row[2]) == pytest.approx(above[c], abs=5e-4)
+        f1 = sk.f1_score(labels[:, c], p[:, c] > above[c], zero_division=0)
+        at_half = sk.f1_score(labels[:, c], plain[:, c] > 0.5, zero_division=0)
+        assert list(map(float, row[5:])) == pytest.approx(
+            [100 * f1, 100 * at_half], abs=0.06
+        )
+    head, *rows = rows_of(text, "Figures")
+    assert head == ["%", "p > 0.5", "kept thresholds", "the 3 likeliest"]
+    expected = 100 * classification_report(p, labels, above)["OF1"]
+    assert float(dict((r[0], r[2]) for r in rows)["OF1"]) == pytest.approx(
+        expected, abs=0.006
+    )
+
+    (folder / "best" / "4" / decision.FILE).write_text("{")
+    flags = [f"--workdir={folder}", f"--output={output}", "--overwrite"]
+    assert report.main([*flags, f"--root={tmp_path / 'gone'}"]) == 0
+    text = output.read_text(encoding="utf-8")
+    assert "the thresholds: " in text and "delete it" in text
 
 
 def test_runs_side_by_side(runs, tmp_path):

@@ -10,8 +10,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mljax import (
+    checkpoint,
+    decision,
+    evaluate,
+    heatmaps,
+    metrics,
+    results,
+    workdir,
+)
 from mljax import config as configs
-from mljax import decision, evaluate, heatmaps, results, workdir
 from mljax.data import DATASETS
 from mljax.data.source import Source
 from mljax.errors import UserError
@@ -24,20 +32,28 @@ class Evaluation(NamedTuple):
     """The best weights on the validation images that could be read.
 
     Attributes:
-        p: probabilities, float32 [num_images, num_classes].
+        p: probabilities as `mljax.predict` gives them (calibrated if a calibration is
+            kept with the weights), float32 [num_images, num_classes].
+        trained_p: the same before calibration.
+        thresholds: float32 [num_classes]; a label is said above its own. Those kept
+            with the weights, else 0.5.
         labels: int8 [num_images, num_classes] in {1, 0, -1}.
         places: of the images in `source`.
         unreadable: how many more there are.
-        report: of `evaluate.report`.
+        report: of `evaluate.report`: of `trained_p`, at 0.5.
+        kept_report: CP, CR, CF1, ... of `p` at `thresholds`; None: none are kept.
         calibration: of `p`.
     """
 
     source: Source
     p: np.ndarray
+    trained_p: np.ndarray
+    thresholds: np.ndarray
     labels: np.ndarray
     places: np.ndarray
     unreadable: int
     report: dict[str, Any]
+    kept_report: dict[str, float] | None
     calibration: numbers.Calibration
 
 
@@ -48,6 +64,7 @@ class RunData(NamedTuple):
         history: the rows of metrics.jsonl.
         summary: metrics.json, or {} before the first evaluation.
         about: the description of the best checkpoint, or {}.
+        kept: thresholds and calibration that are kept with it, if any.
         graph: the arrays of label_graph.npz.
         missing: a line for each thing that could not be had, with the reason.
     """
@@ -59,6 +76,7 @@ class RunData(NamedTuple):
     summary: dict[str, Any]
     curves: Curves
     about: dict[str, Any]
+    kept: decision.Decision | None
     explainer: heatmaps.Explainer | None
     costs: speed.Costs | None
     evaluation: Evaluation | None
@@ -126,14 +144,16 @@ def gather(
     if (folder / "label_graph.npz").exists():
         graph = attempt("the label graph", lambda: _graph(folder), None)
     about: dict[str, Any] = {}
-    explainer, costs, evaluation = None, None, None
+    kept, explainer, costs, evaluation = None, None, None, None
     loaded = attempt("the best weights", lambda: _model(folder), None)
     if loaded is None:
         missing.append("all that needs the best weights and the validation images")
     else:
         model, about = loaded
+        names = about["class_names"]
+        kept = attempt("the thresholds", lambda: _kept(folder, names), None)
         explainer = heatmaps.Explainer(
-            model, about, decision.default(len(about["class_names"]))
+            model, about, kept or decision.default(len(names))
         )
         say(f"{name}: measuring the speed")
         costs = attempt(
@@ -142,7 +162,7 @@ def gather(
         say(f"{name}: evaluating on the validation images")
         evaluation = attempt(
             "all that needs the validation images",
-            lambda: _evaluate(folder, config, about, root),
+            lambda: _evaluate(folder, config, about, kept, root),
             None,
         )
     return RunData(
@@ -153,6 +173,7 @@ def gather(
         summary=summary,
         curves=curves,
         about=about,
+        kept=kept,
         explainer=explainer,
         costs=costs,
         evaluation=evaluation,
@@ -168,6 +189,13 @@ def _model(folder: Path) -> tuple[Any, dict[str, Any]]:
     return folded(model), about
 
 
+def _kept(folder: Path, class_names: list[str]) -> decision.Decision | None:
+    step = checkpoint.find_best(folder)
+    if not (step / decision.FILE).exists():
+        return None
+    return decision.load(step, class_names)
+
+
 def _summary(folder: Path) -> dict[str, Any]:
     file = folder / workdir.SUMMARY
     if not file.exists():
@@ -181,7 +209,11 @@ def _graph(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _evaluate(
-    folder: Path, config: ConfigDict, about: Mapping[str, Any], root: str | None
+    folder: Path,
+    config: ConfigDict,
+    about: Mapping[str, Any],
+    kept: decision.Decision | None,
+    root: str | None,
 ) -> Evaluation:
     config = config.copy_and_resolve_references()
     if root is not None:
@@ -206,13 +238,23 @@ def _evaluate(
     readable = evaluate.Scores(
         scores.outputs[read], scores.labels[read], scores.places[read], np.zeros(0, int)
     )
-    p = np.asarray(run.probabilities(readable.outputs))
+    trained_p = np.asarray(run.probabilities(readable.outputs))
+    p, kept_report = trained_p, None
+    used = kept or decision.default(len(val.class_names))
+    if kept is not None:
+        p = np.asarray(
+            decision.probabilities(readable.outputs, config.loss, kept.calibration)
+        )
+        kept_report = metrics.classification_report(p, readable.labels, used.thresholds)
     return Evaluation(
         source=val,
         p=p,
+        trained_p=trained_p,
+        thresholds=used.thresholds,
         labels=readable.labels,
         places=readable.places,
         unreadable=len(scores.unreadable),
         report=evaluate.report(readable, run.probabilities),
+        kept_report=kept_report,
         calibration=numbers.calibration(p, readable.labels),
     )

@@ -38,48 +38,30 @@ def curve(scores: np.ndarray, labels: np.ndarray) -> Curve | None:
     return Curve(right / right[-1], right / retrieved, scores[last])
 
 
-class Thresholds(NamedTuple):
-    """For each class a threshold, and what it gives; NaN without a positive: [C]."""
+class Quality(NamedTuple):
+    """What thresholds give, for each class: [num_classes]."""
 
-    threshold: np.ndarray
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
 
 
-def best_thresholds(p: np.ndarray, labels: np.ndarray) -> Thresholds:
-    """The threshold of the highest F1 of each class on these very images.
+def at_thresholds(
+    p: np.ndarray, labels: np.ndarray, thresholds: float | np.ndarray
+) -> Quality:
+    """What one threshold or one for each class gives; 0/0 = 0.
 
     Args:
         p: probabilities [num_images, num_classes].
         labels: [num_images, num_classes].
+        thresholds: a number or [num_classes].
     """
-    found = np.full((4, p.shape[1]), np.nan)
-    for c in range(p.shape[1]):
-        points = curve(p[:, c], labels[:, c])
-        if points is None:
-            continue
-        recall, precision, scores = points
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        best = int(np.argmax(f1))
-        # A label is said above the threshold: midway to the next lower score.
-        below = scores[best + 1] if best + 1 < len(scores) else 0.0
-        middle = (float(scores[best]) + float(below)) / 2
-        found[:, c] = middle, precision[best], recall[best], f1[best]
-    return Thresholds(*found)
-
-
-def at_thresholds(
-    p: np.ndarray, labels: np.ndarray, thresholds: float | np.ndarray
-) -> Thresholds:
-    """What given thresholds ([C] or one number) give; 0/0 = 0."""
     predicted, positive = (p > thresholds) & (labels != -1), labels == 1
     right = (predicted & positive).sum(0)
     precision = right / np.maximum(predicted.sum(0), 1)
     recall = right / np.maximum(positive.sum(0), 1)
     f1 = 2 * right / np.maximum(predicted.sum(0) + positive.sum(0), 1)
-    each = np.broadcast_to(np.asarray(thresholds, float), p.shape[1:])
-    return Thresholds(each, precision, recall, f1)
+    return Quality(precision, recall, f1)
 
 
 class Calibration(NamedTuple):
@@ -136,12 +118,18 @@ def entry_losses(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(labels == -1, 0.0, losses)
 
 
-def most_wrong(p: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+def most_wrong(
+    p: np.ndarray,
+    labels: np.ndarray,
+    count: int,
+    threshold: float | np.ndarray = 0.5,
+) -> np.ndarray:
     """Rows of the images with the highest log loss over their labels, highest first.
 
-    Only images in which something known is wrong at 0.5.
+    Only images in which something known is wrong at the threshold: one number, or
+    [num_classes].
     """
-    wrong = ((p > 0.5) != (labels == 1)) & (labels != -1)
+    wrong = ((p > threshold) != (labels == 1)) & (labels != -1)
     loss = np.where(wrong.any(1), entry_losses(p, labels).sum(1), -1.0)
     order = np.argsort(-loss, kind="stable")[:count]
     return order[loss[order] >= 0]

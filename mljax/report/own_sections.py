@@ -6,7 +6,14 @@ import numpy as np
 from markupsafe import Markup
 
 from mljax import config as configs
-from mljax import heatmap_pictures, label_graph_data, label_graph_picture, versions
+from mljax import (
+    heatmap_pictures,
+    label_graph_data,
+    label_graph_picture,
+    operating_points,
+    versions,
+)
+from mljax.decision import DEFAULT
 from mljax.report import charts, numbers, page, speed
 from mljax.report.gather import Evaluation, RunData
 from mljax.report.sections import clock, shown
@@ -15,32 +22,74 @@ IMAGES = 12  # most wrong images on the page
 _PAIRS = 20  # confusions in the table
 _MATRIX = 14  # labels in the matrix of confusions
 _SAID = 8  # labels under an image
+_SUGGESTED = (
+    "No thresholds are kept with these weights: a label is said above 0.5. Here is a "
+    "suggestion, what mljax.thresholds chooses on these images, for F1; run it to keep "
+    "them. Chosen and measured on the same images: on new ones the gain is smaller, "
+    "most of all for labels with few images."
+)
 
 
 def thresholds(run: RunData) -> Markup:
-    """The best threshold of each label beside 0.5."""
-    if run.evaluation is None:
+    """The threshold of each label that is kept with the weights, beside 0.5.
+
+    Where none are kept, those that `mljax.thresholds` would choose on these images.
+    """
+    found = run.evaluation
+    if found is None and run.kept is None:
         return Markup("")
-    p, labels = run.evaluation.p, run.evaluation.labels
-    best = numbers.best_thresholds(p, labels)
-    plain = numbers.at_thresholds(p, labels, 0.5)
-    empty = np.isnan(best.threshold)
-    plain_f1 = np.where(empty, np.nan, plain.f1)
-    columns = [
-        page.Column("label", run.class_names),
-        page.numbers("images", (labels == 1).sum(0), 0),
-        page.numbers("threshold", best.threshold, 3),
-        page.numbers("P", 100 * best.precision),
-        page.numbers("R", 100 * best.recall),
-        page.numbers("F1", 100 * best.f1),
-        page.numbers("F1 at 0.5", 100 * plain_f1),
-    ]
-    text = (
-        "The threshold with the highest F1 of each label, its precision P, recall R "
-        "and F1 in percent. Chosen and measured on the same images: on new ones the "
-        "gain is smaller, most of all for labels with few images."
-    )
+    if run.kept is not None:
+        name, text = "kept threshold", _about_kept(run)
+        chosen = run.kept.thresholds
+    elif found is not None:
+        name, text = "suggested threshold", _SUGGESTED
+        chosen = operating_points.choose(found.p, found.labels).thresholds
+    columns = [page.Column("label", run.class_names)]
+    if found is not None:
+        columns.append(page.numbers("images", (found.labels == 1).sum(0), 0))
+    columns.append(page.numbers(name, chosen, 3))
+    if found is not None:
+        text += (
+            " Precision P, recall R and F1 in percent are of the validation images, as "
+            "is F1 at 0.5 of the probabilities as trained."
+        )
+        quality = numbers.at_thresholds(found.p, found.labels, chosen)
+        plain = numbers.at_thresholds(found.trained_p, found.labels, DEFAULT)
+        there = (found.labels == 1).any(0)
+        columns += [
+            page.numbers(title, np.where(there, 100 * values, np.nan))
+            for title, values in (
+                ("P", quality.precision),
+                ("R", quality.recall),
+                ("F1", quality.f1),
+                ("F1 at 0.5", plain.f1),
+            )
+        ]
     return page.joined([page.note(text), page.table(columns, sortable=True)])
+
+
+def _about_kept(run: RunData) -> str:
+    """How the thresholds were chosen, as far as their file tells."""
+    assert run.kept is not None
+    about = run.kept.about
+    text = "Kept with these weights: mljax.predict and mljax.export use them."
+    if "for" in about and "on" in about:
+        text += f" Chosen for {about['for']} on {about['on']}."
+    if run.kept.calibration is not None:
+        text += " They are of the calibrated probability."
+    before, after = about.get("before"), about.get("after")
+    if isinstance(before, dict) and isinstance(after, dict):
+        gains = [
+            f"{name} {100 * before[name]:.2f} at 0.5, {100 * after[name]:.2f} with them"
+            for name in ("OF1", "CF1")
+            if all(isinstance(each.get(name), float) for each in (before, after))
+        ]
+        if gains:
+            text += (
+                " Chosen on one half of those images and measured on the other: "
+                f"{'; '.join(gains)}."
+            )
+    return text
 
 
 def confusions(run: RunData) -> Markup:
@@ -48,8 +97,9 @@ def confusions(run: RunData) -> Markup:
     if run.evaluation is None:
         return Markup("")
     p, labels, names = run.evaluation.p, run.evaluation.labels, run.class_names
-    count = numbers.confusions(p, labels)
-    missed = ((labels == 1) & (p <= 0.5)).sum(0)
+    above = run.evaluation.thresholds
+    count = numbers.confusions(p, labels, above)
+    missed = ((labels == 1) & (p <= above)).sum(0)
     pairs = [
         divmod(int(k), len(names))
         for k in np.argsort(-count, axis=None, kind="stable")[:_PAIRS]
@@ -65,8 +115,8 @@ def confusions(run: RunData) -> Markup:
         page.numbers("of the misses, %", share, 0),
     ]
     text = (
-        "Images in which one label is missed (p <= 0.5) and another is said that is "
-        "not there. A label that is often said wrongly stands beside many others."
+        f"Images in which one label is missed and another is said that is not there "
+        f"({_rule(run)}). A label that is often said wrongly stands beside many others."
     )
     parts = [page.note(text), page.table(columns, sortable=True)]
     shown = _most_confused(count)
@@ -76,6 +126,13 @@ def confusions(run: RunData) -> Markup:
             _matrix(count, shown, names),
         ]
     return page.joined(parts)
+
+
+def _rule(run: RunData) -> str:
+    """When a label is said, in words."""
+    if run.kept is None:
+        return f"said: above {DEFAULT}"
+    return "said: above its kept threshold"
 
 
 def _most_confused(count: np.ndarray) -> list[int]:
@@ -146,16 +203,16 @@ def most_wrong(run: RunData) -> Markup:
     if run.evaluation is None:
         return Markup("")
     found = run.evaluation
-    rows = numbers.most_wrong(found.p, found.labels, IMAGES)
+    rows = numbers.most_wrong(found.p, found.labels, IMAGES, found.thresholds)
     if not len(rows):
-        return page.paragraph("Every label of every image is right at 0.5.")
+        return page.paragraph(f"Every label of every image is right ({_rule(run)}).")
     text = Markup(
         "The images with the highest loss. <span class='right'>Right</span>, "
         "<span class='wrong'>wrongly said</span> and <span class='missed'>missed</span>"
         " labels with their probability in percent. The heat map shows what speaks for "
         "the label that is most wrongly said, or missed if none is said wrongly: the "
-        "brighter a place, the more."
-    )
+        "brighter a place, the more. A label is {}."
+    ).format(_rule(run).replace(":", ""))
     figures = page.joined(_figure(run, found, row) for row in rows)
     return page.joined(
         [page.note(text), Markup('<div class="photos">{}</div>').format(figures)]
@@ -166,8 +223,10 @@ def _figure(run: RunData, found: Evaluation, row: int) -> Markup:
     names, p, labels = run.class_names, found.p[row], found.labels[row]
     photo = found.source.read(int(found.places[row])).numpy()
     losses = numbers.entry_losses(p, labels)
-    wrongly = (p > 0.5) & (labels == 0)
-    worst = int(np.argmax(np.where(wrongly, losses, -1) if wrongly.any() else losses))
+    is_said = p > found.thresholds
+    wrongly, missed = is_said & (labels == 0), ~is_said & (labels == 1)
+    bad = wrongly if wrongly.any() else missed
+    worst = int(np.argmax(np.where(bad, losses, -1)))
     images = [page.picture(heatmap_pictures.shrink(photo, 300), "the image")]
     kind = "missed" if labels[worst] == 1 else "wrong"
     if run.explainer is not None:
@@ -178,7 +237,7 @@ def _figure(run: RunData, found: Evaluation, row: int) -> Markup:
         images.append(page.picture(drawn, f"heat map of {names[worst]}"))
     said = []
     for c in np.argsort(-p, kind="stable"):
-        predicted, true = p[c] > 0.5, labels[c] == 1
+        predicted, true = is_said[c], labels[c] == 1
         if labels[c] == -1 or not (predicted or true):
             continue
         css = ("right" if true else "wrong") if predicted else "missed"

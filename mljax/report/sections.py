@@ -21,7 +21,9 @@ _CURVES = (  # the title, what the axis says, TensorBoard's tag
 
 def summary(run: RunData) -> Markup:
     """What the run is and how good it became."""
-    model, found = run.config.model, run.figures
+    model, found = run.config.model, dict(run.figures)
+    if run.evaluation is not None and run.evaluation.kept_report is not None:
+        found |= run.evaluation.kept_report
     best, evaluation = run.summary.get("best", {}), run.evaluation
     items = []
     for name in ("mAP", "CF1", "OF1"):
@@ -51,6 +53,8 @@ def summary(run: RunData) -> Markup:
         )
     if evaluation is not None:
         text += f" All figures here are of the {len(evaluation.p)} images of val."
+        if evaluation.kept_report is not None:
+            text += " CF1 and OF1 are with the thresholds kept with the weights."
         if evaluation.unreadable:
             text += f" {evaluation.unreadable} more could not be read."
     return page.joined([page.cards(items), page.paragraph(text)])
@@ -74,16 +78,20 @@ def missing(run: RunData) -> Markup:
 
 
 def metrics(runs: Sequence[RunData]) -> Markup:
-    """The table of figures, two columns a run: labels above 0.5, and the likeliest."""
+    """The table of figures, a column for each way to say labels: those above 0.5,
+    above the kept thresholds, and the likeliest."""
     if not any("mAP" in run.figures for run in runs):
         return Markup("")
     columns = [page.Column("%", _FIGURES)]
     for run in runs:
         name = "" if len(runs) == 1 else f"{run.name}, "
-        for end, rule in ("", "p > 0.5"), ("_top3", "the 3 likeliest"):
+        top3 = {key: run.figures.get(f"{key}_top3", np.nan) for key in _FIGURES}
+        rules = [("p > 0.5", run.figures), ("the 3 likeliest", top3)]
+        if run.evaluation is not None and run.evaluation.kept_report is not None:
+            rules.insert(1, ("kept thresholds", run.evaluation.kept_report))
+        for rule, found in rules:
             # The mAP needs no rule: it stands once.
-            keys = [key + end for key in _FIGURES]
-            values = [100 * run.figures.get(key, np.nan) for key in keys]
+            values = [100 * found.get(key, np.nan) for key in _FIGURES]
             columns.append(page.numbers(f"{name}{rule}", values, 2))
     text = (
         "mAP: mean over the labels of the average precision. P, R, F1: precision, "
@@ -244,6 +252,10 @@ def precision_and_calibration(runs: Sequence[RunData]) -> Markup:
         for name, xs, ys, colour in series:
             name = name if len(evaluated) > 1 else "all labels pooled"
             axes.plot(xs, ys, color=colour, label=charts.shortened(name))
+        if len(evaluated) == 1:
+            for mark, label, found in _operating_points(evaluated[0][1]):
+                place = 100 * found["OR"], 100 * found["OP"]
+                axes.plot(*place, mark, color=charts.INK, markersize=5, label=label)
         axes.set(xlim=(0, 101), ylim=(0, 101))
         axes.legend(loc="lower left")
 
@@ -251,16 +263,26 @@ def precision_and_calibration(runs: Sequence[RunData]) -> Markup:
         axes.plot([0, 100], [0, 100], "--", color=charts.FAINT)
         for i, run in evaluated:
             assert run.evaluation is not None
+            name = f"{charts.shortened(run.name)}, " if len(evaluated) > 1 else ""
             found = run.evaluation.calibration
-            name = f"{run.name}, " if len(evaluated) > 1 else ""
-            axes.plot(
-                100 * found.said,
-                100 * found.true,
-                "o-",
-                markersize=4,
-                color=charts.SERIES[i % len(charts.SERIES)],
-                label=f"{charts.shortened(name)}ECE {100 * found.error:.2f} %",
-            )
+            curves = [(name, found, "o-", i)]
+            if run.kept is not None and run.kept.calibration is not None:
+                curves = [(f"{name}calibrated, ", found, "o-", i)]
+                if len(evaluated) == 1:
+                    evaluation = run.evaluation
+                    before = numbers.calibration(
+                        evaluation.trained_p, evaluation.labels
+                    )
+                    curves.append(("as trained, ", before, "s:", i + 1))
+            for label, each, style, colour in curves:
+                axes.plot(
+                    100 * each.said,
+                    100 * each.true,
+                    style,
+                    markersize=4,
+                    color=charts.SERIES[colour % len(charts.SERIES)],
+                    label=f"{label}ECE {100 * each.error:.2f} %",
+                )
         axes.set(xlim=(0, 101), ylim=(0, 101))
         axes.legend(loc="upper left")
 
@@ -279,6 +301,15 @@ def precision_and_calibration(runs: Sequence[RunData]) -> Markup:
     if len(evaluated) == 1:
         text = f"Shaded: the middle 80 % of the labels. {text}"
     return page.joined([page.charts(made), page.note(text)])
+
+
+def _operating_points(run: RunData) -> list[tuple[str, str, dict[str, Any]]]:
+    """(marker, name, figures): what is said at 0.5, and at the kept thresholds."""
+    assert run.evaluation is not None
+    points = [("x", "p > 0.5", run.evaluation.report)]
+    if run.evaluation.kept_report is not None:
+        points.append(("D", "kept thresholds", run.evaluation.kept_report))
+    return points
 
 
 def _spread(run: RunData) -> np.ndarray | None:
