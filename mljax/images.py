@@ -7,11 +7,14 @@ import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 GREY = 128  # of the bars beside a picture that keeps its aspect
 # Of bytes, which may be a stranger's. PIL knows many more, and runs another program
@@ -254,18 +257,27 @@ def resize(
     rows = _weights(image.shape[0], height, kind)
     columns = _weights(image.shape[1], width, kind)
     pixels = image.reshape(len(image), -1).astype(np.float32)
-    resized = np.matmul(columns, (rows @ pixels).reshape(height, -1, 3))
-    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    # The columns are made rows, and rows again: [w, height * 3] -> [width, height * 3].
+    turned = (rows @ pixels).reshape(height, -1, 3).swapaxes(0, 1)
+    resized = (columns @ turned.reshape(len(turned), -1)).reshape(width, height, 3)
+    rounded = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(rounded.swapaxes(0, 1))
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(length: int, size: int, kind: str) -> np.ndarray:
+def _weights(length: int, size: int, kind: str) -> "csr_array":
     """float32 [size, length], rows sum to 1.
+
+    Sparse: a new pixel comes from a few old ones. That is not only fewer products than
+    a full matrix has: NumPy would share those out to threads of OpenBLAS, which wait
+    for each other by computing, while pictures are read in threads of their own.
 
     "bilinear": a triangle around each new pixel's place; "wide": where the picture
     becomes smaller, a wider one (antialiasing); "area": how much of each old pixel a
     new one covers.
     """
+    from scipy.sparse import csr_array  # training resizes with TensorFlow
+
     ratio = length / size
     if kind == "area":
         starts = np.arange(size)[:, None] * ratio
@@ -277,4 +289,4 @@ def _weights(length: int, size: int, kind: str) -> np.ndarray:
         places = (np.arange(size) + 0.5) * ratio
         distance = np.abs(np.arange(length) + 0.5 - places[:, None]) / reach
         weights = np.maximum(0, 1 - distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return csr_array((weights / weights.sum(1, keepdims=True)).astype(np.float32))
