@@ -2,6 +2,9 @@
 
 The computation is StableHLO inside one TensorFlow operation, for CPU, NVIDIA GPUs and
 TPU; the weights are variables. `assets.extra/about.json` describes the model.
+
+JAX writes StableHLO of its own time, which the last TensorFlow may be too old to read.
+So it is written again in an older version: every later one reads that for five years.
 """
 
 import json
@@ -15,38 +18,55 @@ from mljax.errors import UserError
 from mljax.formats.program import INPUT, OUTPUTS, Program, check
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
+_STABLEHLO = "1.8.0"  # TensorFlow 2.21 reads up to 1.13, JAX 0.12 writes 1.18
 _ABOUT = "assets.extra/about.json"
 
 
 def write(program: Program, path: Path) -> None:
     import jax
     import tensorflow as tf
-    from jax.experimental import jax2tf
+    from jax import export
+    from jax.extend.mlir.dialects import stablehlo
+    from tensorflow.compiler.tf2xla.python import xla
 
     from mljax.models import cpu
 
-    def function(weights, images):
-        return dict(zip(OUTPUTS, program.function(weights, images), strict=True))
-
+    (batch,) = export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *program.sides, 3), np.uint8)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.weights
+    )
     with cpu.portable_forms():
-        converted = jax2tf.convert(
-            function,
-            polymorphic_shapes=[None, "(batch, ...)"],
-            with_gradient=False,
-            native_serialization_platforms=_PLATFORMS,
+        exported = export.export(jax.jit(program.function), platforms=_PLATFORMS)(
+            shapes, images
         )
-        weights = jax.tree.map(
-            lambda x: tf.Variable(np.asarray(x), trainable=False), program.weights
+    written = exported.mlir_module_serialized
+    older = stablehlo.serialize_portable_artifact_str(
+        stablehlo.deserialize_portable_artifact_str(written), _STABLEHLO
+    )
+    module = tf.Module()
+    module.weights = [
+        tf.Variable(np.asarray(x), trainable=False)
+        for x in jax.tree.leaves(program.weights)
+    ]
+
+    def serve(images):
+        given = [*module.weights, images]
+        found = xla.call_module(
+            [given[i] for i in exported.module_kept_var_idx],
+            version=exported.calling_convention_version,
+            module=older,
+            Tout=[tf.as_dtype(out.dtype) for out in exported.out_avals],
+            Sout=[(None, *out.shape[1:]) for out in exported.out_avals],
+            platforms=[name.upper() for name in exported.platforms],
         )
-        module = tf.Module()
-        module.variables_kept = jax.tree.leaves(weights)
-        images = tf.TensorSpec((None, *program.sides, 3), tf.uint8, INPUT)
-        module.serve = tf.function(
-            lambda images: converted(weights, images),
-            input_signature=[images],
-            autograph=False,
-        )
-        tf.saved_model.save(module, str(path), signatures=module.serve)
+        return {
+            name: tf.identity(x, name) for name, x in zip(OUTPUTS, found, strict=True)
+        }
+
+    given = tf.TensorSpec((None, *program.sides, 3), tf.uint8, INPUT)
+    module.serve = tf.function(serve, input_signature=[given], autograph=False)
+    tf.saved_model.save(module, str(path), signatures=module.serve)
     (path / _ABOUT).parent.mkdir()
     (path / _ABOUT).write_text(json.dumps(program.about, indent=1), encoding="utf-8")
 
@@ -67,11 +87,9 @@ def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
         except tf.errors.InvalidArgumentError as error:
             if "deserialize" not in str(error):
                 raise
-            # TensorFlow's StableHLO is older than the oldest that this JAX writes.
             raise UserError(
-                f"savedmodel: TensorFlow {tf.__version__} cannot read what this JAX "
-                "writes; export with an older JAX (0.10.2 and TensorFlow 2.21 go "
-                "together), or as stablehlo or onnx"
+                f"savedmodel: TensorFlow {tf.__version__} cannot read its StableHLO "
+                f"{_STABLEHLO}; use a newer TensorFlow, or export as stablehlo or onnx"
             ) from None
         return tuple(found[name].numpy() for name in OUTPUTS)
 
