@@ -17,6 +17,7 @@ from mljax.errors import UserError
 from mljax.models.functional import NETWORKS
 
 FORMAT = 1  # of the description; raised when older code could not read it
+_AGAIN = "copy the whole directory again, or name another step"
 _KEEP = 2  # the older one stays until the newer one is wholly written
 
 
@@ -98,8 +99,11 @@ class Checkpoints:
 
 
 def check_format(found: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(found, dict) or "format" not in found:
-        raise UserError(f"{path}: is not a checkpoint of mljax")
+    stored = found["format"] if isinstance(found, dict) and "format" in found else None
+    if type(stored) is not int or stored < 1:
+        raise UserError(
+            f"{path}: is not a checkpoint of mljax, or was not copied whole"
+        )
     if found["format"] > FORMAT:
         raise UserError(
             f"{path}: was written by a newer mljax (format {found['format']}, this one "
@@ -120,6 +124,10 @@ def find_best(path: Path) -> Path:
     if steps:
         return folder / str(max(steps))
     if not (path / "_CHECKPOINT_METADATA").is_file():  # Orbax writes it last
+        if (path / "state").is_dir():
+            raise UserError(
+                f"{path}: is not whole (_CHECKPOINT_METADATA is missing); {_AGAIN}"
+            )
         raise UserError(f"{path}: holds no checkpoint (neither best/ nor a saved step)")
     return path
 
@@ -137,7 +145,10 @@ def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with _readable_errors(path):
         # A saved step holds one checkpointable, "state".
         about = check_format(ocp.checkpointables_metadata(path).custom_metadata, path)
+    with _readable_errors(path, damaged=True):
         found = ocp.metadata(path, checkpointable_name="state").metadata
+        if found is None:
+            raise ValueError("its state cannot be read")
         if set(found["params"]) == set(NETWORKS):
             raise UserError(
                 f"{path}: holds the two networks of a run with config.mutual; its work "
@@ -190,10 +201,13 @@ def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 class _readable_errors:
-    """Turns what Orbax raises into one line that names the folder."""
+    """Turns what Orbax raises into one line that names the folder.
 
-    def __init__(self, path: Path):
-        self.path = path
+    damaged: while a checkpoint is read that was written long ago.
+    """
+
+    def __init__(self, path: Path, damaged: bool = False):
+        self.path, self.damaged = path, damaged
 
     def __enter__(self) -> None:
         pass
@@ -212,6 +226,11 @@ class _readable_errors:
                 "too large); free some space and run the same command again: the last "
                 "whole checkpoint is kept"
             ) from error
-        reason = " ".join(str(causes[-1]).split())[:300]
-        kind_name = type(causes[-1]).__name__
-        raise UserError(f"{self.path}: {kind_name}: {reason}") from error
+        # Some say nothing.
+        first = next((c for c in reversed(causes) if str(c).strip()), causes[-1])
+        reason = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
+        if self.damaged:
+            raise UserError(
+                f"{self.path}: is damaged, or was not copied whole ({reason}); {_AGAIN}"
+            ) from error
+        raise UserError(f"{self.path}: {reason}") from error

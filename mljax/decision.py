@@ -67,12 +67,10 @@ def load(step: Path, class_names: Sequence[str]) -> Decision:
     """
     file = step / FILE
     try:
-        text = file.read_text(encoding="utf-8")
+        stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return default(len(class_names))
-    try:
-        stored = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         raise _damaged(file, str(error)) from None
     try:
         return from_json(stored, class_names)

@@ -58,7 +58,12 @@ def run(args: argparse.Namespace) -> None:
             f"--output {folder}: {there[0].name} exists ({len(there)} of {len(files)} "
             "do); name another folder, or add --overwrite"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be made ({error.strerror}); name another"
+        ) from None
     from mljax import compile_cache, heatmap_pictures, heatmaps
 
     compile_cache.enable()

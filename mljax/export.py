@@ -23,6 +23,7 @@ import numpy as np
 from mljax import held_out, memory
 from mljax import main as program
 from mljax.errors import UserError
+from mljax.prediction_files import check_writable
 
 if TYPE_CHECKING:
     from mljax.data.source import Source
@@ -180,6 +181,7 @@ def _check_output(args: argparse.Namespace, output: Path) -> None:
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
     if not output.exists():
+        check_writable("--output", output)
         return
     if not args.overwrite:
         raise UserError(f"--output {output}: exists; name another, or add --overwrite")

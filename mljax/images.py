@@ -5,6 +5,7 @@ The same pixels as in evaluation (`data.decode`, `data.fit`), up to rounding.
 
 import functools
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,14 @@ def sides_of(data_config: ConfigDict) -> tuple[int, int]:
     """`data.image_size` as (height, width) in pixels."""
     size = data_config.image_size
     return tuple(size) if isinstance(size, tuple) else (size, size)
+
+
+class TooLarge(UnreadableImage):
+    """size: what it has, in words."""
+
+    def __init__(self, size: str, max_pixels: int):
+        super().__init__(f"{size}, more than data.max_pixels = {max_pixels}")
+        self.size = size
 
 
 class Box(NamedTuple):
@@ -134,6 +143,10 @@ def read(
             raise
         except FileNotFoundError:
             raise UnreadableImage("no such file") from None
+        except Image.DecompressionBombError as error:
+            # PIL looks at the size first, and tells it in words only.
+            number = re.search(r"\d+ pixels", str(error))
+            raise TooLarge(number[0] if number else "a picture", max_pixels) from None
         except Image.UnidentifiedImageError:
             raise UnreadableImage("not an image of a known format") from None
         # PIL raises these and SyntaxError, struct.error, ... for damaged files.
@@ -225,10 +238,7 @@ def _middle(
 
 def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     if image.width * image.height > max_pixels:
-        raise UnreadableImage(
-            f"{image.height} x {image.width} pixels, more than data.max_pixels = "
-            f"{max_pixels}"
-        )
+        raise TooLarge(f"{image.height} x {image.width} pixels", max_pixels)
     if image.format in ("JPEG", "MPO"):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey

@@ -22,7 +22,7 @@ import numpy as np
 from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
-from mljax.prediction_files import FORMATS, Row, find_images, writer
+from mljax.prediction_files import FORMATS, Row, check_writable, find_images, writer
 
 if TYPE_CHECKING:
     from mljax.decision import Decision
@@ -222,6 +222,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {name}: exists; name another, or add --overwrite")
     if args.show and Path(args.show).suffix.lower() != ".png":
         raise UserError(f"--show {args.show}: must end in .png")
+    if args.show:
+        check_writable("--show", Path(args.show))
     paths = find_images(args.images)
     with writer(args.output) as output:  # an unwritable place is found before the work
         from mljax import compile_cache

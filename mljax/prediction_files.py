@@ -125,6 +125,31 @@ class Writer:
             self._file.write("\n]\n")
 
 
+def check_writable(flag: str, path: Path) -> None:
+    """Raises UserError unless a file can be written at `path`; before any work.
+
+    Tried with a file beside it: what a folder allows is known only then.
+    """
+    part = _part(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise _unwritable(flag, path, error) from None
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _unwritable(flag: str, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{flag} {path}: cannot be written ({error.strerror}); name another place"
+    )
+
+
 @contextmanager
 def writer(output: str) -> Iterator[Writer]:
     """A `Writer` whose file appears under its name once it is complete.
@@ -136,13 +161,13 @@ def writer(output: str) -> Iterator[Writer]:
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise UserError(f"--output {output}: must end in {', '.join(FORMATS)}")
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
         file = part.open("w", encoding="utf-8", newline="" if kind == ".csv" else None)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from None
+        raise _unwritable("--output", path, error) from None
     try:
         with file:
             made = Writer(file, kind)

@@ -34,6 +34,9 @@ needs_onnx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "jax2onnx", "onnxruntime"))),
     reason=f"needs {onnx_file.INSTALL}",
 )
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs a folder that nobody can write to"
+)
 EVERY_FORMAT = [
     pytest.param(name, marks=needs_onnx if name == "onnx" else ()) for name in FORMATS
 ]
@@ -299,6 +302,7 @@ def test_int8(tmp_path, capsys):
     ("change", "word"),
     [
         ({"--output": "{tmp}/none/model"}, "no folder"),
+        pytest.param({"--output": "/proc/model"}, "be written", marks=needs_proc),
         ({"--format": "onnx", "--output": "{tmp}/model"}, ".onnx"),
         ({"--checkpoint": "{tmp}"}, "no checkpoint"),
         ({"--images": "{tmp}/none"}, "--images"),
@@ -342,6 +346,16 @@ def test_other_files_are_no_exports(content, tmp_path):
         export.load(file)
     with pytest.raises(UserError, match="not a model exported"):
         export.load(tmp_path / "none")
+
+
+def test_a_damaged_export_is_named(tmp_path):
+    file = tmp_path / "model"
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr("about.json", json.dumps({"format": 1}))
+        made.writestr("model.jax", b"half of it")
+        made.writestr("weights.safetensors", b"")
+    with pytest.raises(UserError, match=f"{file}: is damaged"):
+        export.load(file)
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -196,7 +199,8 @@ def test_json_and_lists(checkpoint, photos, tmp_path):
         ({"--output": "{tmp}/no/out.csv"}, ["no/out.csv", "No such file"]),
         ({"--checkpoint": "{tmp}/empty"}, ["holds no checkpoint"]),
         ({"--checkpoint": "{tmp}/newer"}, ["newer", "upgrade mljax"]),
-        ({"--checkpoint": "{tmp}/half"}, ["half"]),
+        ({"--checkpoint": "{tmp}/half"}, ["half", "not copied whole"]),
+        ({"--show": "{tmp}/no/sheet.png"}, ["--show", "no/sheet.png", "be written"]),
         ({"--threshold": "1"}, ["--threshold"]),
         ({"--batch-size": "0"}, ["batch_size"]),
     ],
@@ -224,6 +228,64 @@ def test_mistakes_are_one_line(checkpoint, photos, tmp_path, capsys, change, wor
     assert last.startswith("error: ") and all(word in last for word in words), last
     done = change == {"--images": "{photos}/zero.jpg"}  # a row with the reason
     assert (tmp_path / "out.csv").exists() == done
+
+
+def unlink(name):
+    return lambda step: (step / name).unlink()
+
+
+def replace(name, before, after):
+    def change(step):
+        data = (step / name).read_bytes()
+        assert before in data
+        (step / name).write_bytes(data.replace(before, after))
+
+    return change
+
+
+ABOUT = "_CHECKPOINT_METADATA"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (unlink(ABOUT), "_CHECKPOINT_METADATA is missing"),
+        (lambda step: os.truncate(step / ABOUT, 40), "was not copied whole"),
+        (replace(ABOUT, b'"format": 1', b'"format": 0'), "is not a checkpoint"),
+        (replace(ABOUT, b'"format": 1', b'"format": "a"'), "is not a checkpoint"),
+        (replace(ABOUT, b'"vit_tiny', b'"vot_tiny'), "another version of mljax"),
+        (lambda step: shutil.rmtree(step / "state"), "was not copied whole"),
+        (lambda step: shutil.rmtree(step / "state" / "d"), "was not copied whole"),
+        (unlink("state/manifest.ocdbt"), "was not copied whole"),
+        (unlink("state/_METADATA"), "was not copied whole"),
+        (
+            lambda step: (step / decision.FILE).write_bytes(b"\xff\xfe\x00"),
+            "delete it",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_named(checkpoint, tmp_path, change, words):
+    step = tmp_path / "run" / "best" / "7"
+    shutil.copytree(checkpoint[0] / "best" / "7", step)
+    change(step)
+    with pytest.raises(UserError) as caught:
+        predict.load(tmp_path / "run")
+    text = str(caught.value)
+    assert words in text and str(step) in text and "\n" not in text, text
+
+
+def test_a_picture_too_large_for_pil_is_too_large_for_us():
+    """20,000 x 20,000 pixels: PIL refuses it, and speaks of an attack."""
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 20_000, 20_000, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, b"IDAT"):
+        data += struct.pack(">I", len(chunk) - 4) + chunk
+        data += struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(images.TooLarge) as caught:
+        images.read(data, 10**6)
+    assert str(caught.value) == (
+        "400000000 pixels, more than data.max_pixels = 1000000"
+    )
 
 
 def test_needs_no_tensorflow(checkpoint):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,6 +363,13 @@ def test_the_data_may_have_moved(runs, tmp_path, capsys):
         (["--workdir={one}", "--workdir={one}"], "named twice"),
         (["--workdir={one}", "--output={tmp}"], "name a file"),
         (["--workdir={one}", "--output={tmp}/no/page.html"], "there is no folder"),
+        pytest.param(
+            ["--workdir={one}", "--output=/proc/page.html"],
+            "cannot be written",
+            marks=pytest.mark.skipif(
+                not Path("/proc/self").exists(), reason="needs a closed folder"
+            ),
+        ),
     ],
 )
 def test_mistakes_are_one_line(runs, tmp_path, capsys, flags, words):

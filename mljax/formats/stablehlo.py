@@ -58,8 +58,13 @@ def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
             about = check(json.loads(file.read(_ABOUT)), path)
             exported = export.deserialize(bytearray(file.read(_MODEL)))
             weights = load(file.read(_WEIGHTS))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is damaged, or no export ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # flatbuffers, MLIR and safetensors have their own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: is damaged, or no export ({reason}); copy or export it again"
+        ) from None
     weights = jax.device_put(weights)
     call = jax.jit(exported.call)
     return lambda images: call(weights, images), about

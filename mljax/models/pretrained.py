@@ -63,7 +63,10 @@ def restore(
     """
     folder = checkpoint.find_best(Path(path).absolute())
     variables, about = checkpoint.load_variables(folder)
-    config = configs.from_dict(about["config"])
+    try:
+        config = configs.from_dict(about["config"])
+    except UserError as error:
+        raise _other_version(folder, error) from None
     if not about["class_names"]:
         raise UserError(
             f"{path}: holds a backbone without a classifier; a run can start from it "
@@ -79,8 +82,19 @@ def restore(
             rngs=nnx.Rngs(0),
         )
 
-    graph, *_ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
+    try:
+        made = nnx.eval_shape(make_model)
+    except UserError as error:
+        raise _other_version(folder, error) from None
+    graph, *_ = nnx.split(made, nnx.Param, nnx.BatchStat)
     return nnx.merge(graph, variables["params"], variables["batch_stats"]), about
+
+
+def _other_version(folder: Path, error: UserError) -> UserError:
+    return UserError(
+        f"{folder}: its config is of another version of mljax ({error}); use the one "
+        "that trained it"
+    )
 
 
 def _from_directory(path: Path, model: Classifier) -> tuple[Tree, Tree, list[str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
+from mljax.prediction_files import check_writable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{output}: exists; name another --output, or add --overwrite")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
+    check_writable("--output", output)
     from mljax import workdir
 
     for folder in folders:

@@ -163,6 +163,11 @@ class Service:
             return "is empty (0 bytes)"
         try:
             return images.load(data, self._data_config)
+        except images.TooLarge as error:
+            if self._data_config.max_pixels < self._limits.max_pixels:
+                return str(error)  # the model takes no more, whatever the server does
+            limit = f"{self._limits.max_pixels / 1e6:g}"
+            return f"{error.size}, more than --max-megapixels {limit} of this server"
         except images.UnreadableImage as error:
             return str(error)
 
