@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     data.train_images = ""
     data.val_images = ""
     # File in root that lists the classes, a name a line; "" = those of the annotations.
-    # voc, table (lists), vg500, tfds (0/1 tensors).
+    # voc, table (lists), vg500, tfds (numbers or states, one a class).
     data.classes = ""
     # voc: a label of objects marked difficult only is positive (as in the published
     # files) | ignored (unknown, as in the evaluation of VOC) | negative.

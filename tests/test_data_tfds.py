@@ -66,6 +66,31 @@ def test_voc_classes_and_difficult_objects(tmp_path, monkeypatch):
         assert {c: v for c, v in present.items() if v} == expected
 
 
+def test_a_state_for_each_class(tmp_path):
+    """chexpert: uncertain, positive, negative, unmentioned, and no class names."""
+    states = np.array([[1, 2, 0], [3, 1, 1], [2, -1, 2]], np.int64)
+    image = tf.io.encode_png(blocks(0))
+
+    def given(builder, split, **_):
+        return tf.data.Dataset.from_tensor_slices(
+            {"image": tf.stack([image] * len(states)), "label": states}
+        )
+
+    (tmp_path / "names.txt").write_text("Edema\nFracture\nCardiomegaly\n")
+    config = config_of(tmp_path, "chexpert", classes="names.txt", val="train")
+    with tfds.testing.mock_data(as_dataset_fn=given):
+        train = rooms.load(config)["train"]
+        assert train.class_names == ["Cardiomegaly", "Edema", "Fracture"]
+        expected = [[-1, 1, 0], [1, -1, 1], [0, 0, -1]]
+        np.testing.assert_array_equal(train.labels, expected)
+        (tmp_path / "names.txt").write_text("Edema\nFracture\n")
+        with pytest.raises(UserError, match="'label' of example 0 has 3 states.* 2 "):
+            rooms.load(config)
+        config.classes = ""
+        with pytest.raises(UserError, match="'label' holds a state of each.*classes$"):
+            rooms.load(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

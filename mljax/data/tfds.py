@@ -5,6 +5,9 @@ directory of TFDS ("" for its own default), `data.train` and `data.val` are spli
 TFDS writes them ("train+validation", "test[:50%]"). Of the features, labels can be
 
     a sequence of class labels               "labels" of VOC
+    a sequence of states, one a class        "label" of chexpert; data.classes names
+      (positive, negative, uncertain,        the classes, which the builder does not;
+      unmentioned)                           the last two are unknown (-1)
     a sequence of objects with one each      "objects/label" of COCO
     a group of truth values, one a class     "attributes" of celeb_a
     a tensor of 0, 1 and -1 (unknown), one   any [num_classes] of integers or truth
@@ -35,7 +38,9 @@ from mljax.data.source import Source
 from mljax.errors import UserError
 
 _MEMORY_SHARE = 1 / 3  # of the machine's memory, for encoded images
-_SEQUENCE, _GROUP, _TENSOR = "sequence", "group", "tensor"  # kinds of labels
+# Kinds of labels.
+_SEQUENCE, _STATE, _GROUP, _TENSOR = "sequence", "state", "group", "tensor"
+_STATES = {"positive": 1, "negative": 0, "uncertain": -1, "unmentioned": -1}
 
 
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
@@ -86,7 +91,10 @@ def _read_split(
             if "/" in label_key:  # a label stands once an object
                 counts.append(np.bincount(found, minlength=len(row)).astype(np.uint16))
         else:
-            row[:] = _values(name, len(names), label_key, kind, class_names, example)
+            feature = builder.info.features[label_key]
+            row[:] = _values(
+                name, len(names), label_key, kind, class_names, feature, example
+            )
         rows.append(row)
         names.append(
             example[name_key].decode() if name_key else f"{name} {split} {len(names)}"
@@ -177,9 +185,18 @@ def _label_feature(
             f"({', '.join(found)})"
         )
     kind, class_names = found[key]
+    if kind == _STATE and not data_config.classes:
+        raise UserError(
+            f"{name}: feature {key!r} holds a state of each class "
+            f"({', '.join(class_names)}) and not the names of the classes: list them "
+            "in a file in data.root, in its order and one a line, and name the file "
+            "with data.classes"
+        )
     if data_config.classes:
         file = os.path.join(data_config.root, data_config.classes)
         listed = files.class_names_of(file)
+        if kind == _STATE:
+            return key, kind, listed
         if kind != _TENSOR or len(listed) != len(class_names):
             raise UserError(
                 f"{file} (data.classes): has {len(listed)} names, the "
@@ -200,7 +217,8 @@ def _label_features(
         if isinstance(feature, tfds.features.Sequence):
             inner = feature.feature
             if isinstance(inner, tfds.features.ClassLabel):
-                found[key] = _SEQUENCE, inner.names
+                are_states = set(inner.names) <= _STATES.keys()
+                found[key] = _STATE if are_states else _SEQUENCE, inner.names
             elif isinstance(inner, tfds.features.FeaturesDict):
                 for part, label in inner.items():
                     if isinstance(label, tfds.features.ClassLabel):
@@ -225,12 +243,22 @@ def _values(
     key: str,
     kind: str,
     class_names: list[str],
+    feature: tfds.features.FeatureConnector,
     example: dict[str, Any],
 ) -> np.ndarray:
-    """The labels of an example that has a number for each class: [num_classes]."""
+    """The labels of an example that has a value for each class: [num_classes]."""
     if kind == _GROUP:
         return np.array([example[key][c] for c in class_names])
     values = np.asarray(example[key])
+    if kind == _STATE:
+        if len(values) != len(class_names):
+            raise UserError(
+                f"{name}: feature {key!r} of example {place} has {len(values)} states, "
+                f"and data.classes names {len(class_names)} classes"
+            )
+        # The last is for -1, which TFDS writes for a state that it does not know.
+        labels = np.array([*(_STATES[state] for state in feature.feature.names), -1])
+        return labels[values]
     if wrong := set(np.unique(values).tolist()) - {0, 1, -1}:
         raise UserError(
             f"{name}: feature {key!r} of example {place} must hold 0, 1 and -1 "
