@@ -10,8 +10,9 @@ by the processor's time, so that other programs on the machine do not count. The
 environment needs torch, pillow and opencv-python-headless, the other one grain and
 opencv-python-headless; without the flags these contestants are left out.
 
-`--steps 50000` instead trains nothing for so many steps on tiny images and prints the
-memory of the process along the way.
+`--steps 50000` instead takes so many batches of tiny images, and fails if the memory of
+the process was higher in the second half of them than in the first, by more than
+GROWTH: less than a kilobyte a step would be noticed.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BATCH = 32
 COUNT = 48  # files of each size
+GROWTH = 16  # MB; what the allocator may take more in a second half without a leak
 JPEGS = {"500x375": (500, 375), "1280x960": (1280, 960)}
 TARGETS = (224, 448)
 CASES = [(size, target) for size in JPEGS for target in TARGETS]
@@ -117,8 +119,8 @@ def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[floa
     }
 
 
-def memory(steps: int) -> dict[str, float]:
-    """Resident memory of a process that takes so many batches, in MB."""
+def memory(steps: int) -> list[float]:
+    """MB of a process that takes so many batches: the most in each tenth of them."""
     with tempfile.TemporaryDirectory() as folder:
         import numpy as np
         from PIL import Image
@@ -140,12 +142,15 @@ def memory(steps: int) -> dict[str, float]:
         batches = pipeline.train_batches(
             source, data_config=config, batch_size=2, seed=0
         )
-        found = {}
-        for step in range(1, steps + 1):
-            next(batches)
-            if step % (steps // 10) == 0:
-                found[str(step)] = round(resident() / 1e6, 1)
-                print(f"step {step}: {found[str(step)]} MB", flush=True)
+        found = []
+        for tenth in range(10):
+            most = 0
+            for step in range(max(1, steps // 10)):
+                next(batches)
+                if step % 50 == 0:
+                    most = max(most, resident())
+            found.append(round(most / 1e6, 1))
+            print(f"{tenth + 1} of 10: {found[-1]} MB", flush=True)
         return found
 
 
@@ -181,13 +186,19 @@ def main() -> None:
         found = tensorflow(Path(args.child[0]), args.rounds, args.seconds)
         Path(args.child[1]).write_text(json.dumps(found))
         return
+    growth = 0.0
     if args.steps:
-        found = {"resident_mb": memory(args.steps)}
+        memory_mb = memory(args.steps)
+        growth = round(max(memory_mb[5:]) - max(memory_mb[:5]), 1)
+        print(f"the second half took {growth:+} MB over the first")
+        found = {"most_mb_by_tenth": memory_mb, "growth_mb": growth}
     else:
         found = compare(args)
         print(table(found["images_per_second_and_core"]))
     if args.output:
         Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
+    if growth > GROWTH:
+        sys.exit(f"error: memory grows ({growth} MB in {args.steps // 2} steps)")
 
 
 def compare(args: argparse.Namespace) -> dict:
