@@ -115,7 +115,7 @@ def measure(config: Any, devices: int, fsdp: int) -> dict[str, Any]:
         name: jax.ShapeDtypeStruct(shape, kinds[name], sharding=rows)
         for name, shape in batch.items()
     }
-    compiled = made.step_at(1).lower(made.state, arrays).compile()
+    compiled = made.step_at(1).lower(made.state, arrays, made.seed).compile()
     found = collectives(compiled.as_text(), devices)
     wire = sum(sent(*each) for each in found)
     passes = 2 if config.sam.rho else 1

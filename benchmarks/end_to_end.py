@@ -227,14 +227,14 @@ def contestant(args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
     np.savez(folder / "batch.npz", **drawn)
     step, state = made.step_at(1), made.initial()
     placed = sharding.global_batch(drawn, sharding.batch_sharding(made.run.mesh))
-    state, metrics = step(state, placed)
+    state, metrics = step(state, placed, made.seed)
 
     def bare() -> dict[str, float]:
         nonlocal state, metrics
         jax.block_until_ready(metrics)
         begun = time.perf_counter()
         for _ in range(args.steps):
-            state, metrics = step(state, placed)
+            state, metrics = step(state, placed, made.seed)
         jax.block_until_ready(metrics)
         return rate(args.steps, args.batch, begun)
 

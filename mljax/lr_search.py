@@ -89,7 +89,8 @@ class Search:
         self.unreadable.update(names[i] for i in bad)
         arrays = {name: batch[name] for name in ("image", "labels")}
         rows = sharding.batch_sharding(self.made.run.mesh)
-        return self.made.step_at(at)(state, sharding.global_batch(arrays, rows))
+        placed = sharding.global_batch(arrays, rows)
+        return self.made.step_at(at)(state, placed, self.made.seed)
 
     def batches(self) -> Iterator[Any]:
         """Those that a run of the config trains on, from its first step on."""

@@ -92,7 +92,7 @@ def make_train_step(
     augment: Augment,
     *,
     reduction: str,
-    seed: int,
+    seed: int | jax.Array,
     sam_rho: float = 0.0,
     sam_adaptive: bool = False,
     sam_update_stats: str = "both",
@@ -120,7 +120,8 @@ def make_train_step(
             SAM see the same images and labels.
         reduction: how `loss_fn` reduces over the batch, "sum" or "mean": tells how the
             parts of an accumulated batch are put together.
-        seed: of dropout and augmentation.
+        seed: of dropout and augmentation, at least 0 and below 2^31. A traced int32
+            scalar makes it an input of the program, with the same random numbers.
         sam_rho: length of SAM's perturbation; 0 = no SAM (one pass).
         sam_adaptive: perturb each weight in proportion to its square (ASAM).
         sam_update_stats: which passes move the batch statistics, "both" or "first".

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +46,9 @@ class Setup(NamedTuple):
         thaw_step: the last step in which `optim.freeze` acts; 0 = it acts in all.
         state: shape, type and place of every array of the state.
         initial: gives the state of step 0, on the devices.
-        step_at: number of a step, from 1 on -> (state, batch) -> (state, metrics),
-            jitted; the state is donated.
+        seed: int32 scalar, an input of the steps: all seeds share their programs.
+        step_at: number of a step, from 1 on -> (state, batch, seed) -> (state,
+            metrics), jitted; the state is donated.
     """
 
     sources: Sources
@@ -60,6 +62,7 @@ class Setup(NamedTuple):
     thaw_step: int
     state: step.TrainState
     initial: Callable[[], step.TrainState]
+    seed: jax.Array
     step_at: Callable[[int], Callable[..., Any]]
 
 
@@ -118,13 +121,13 @@ def setup(
         sam_groups = groups.over_devices(config.sam.groups, run.mesh, is_mean)
 
     def compiled(frozen: Any, full: bool) -> Any:
-        train_step = step.make_train_step(
+        make = partial(
+            step.make_train_step,
             run.train_apply(frozen is not None),
             loss_fn,
             optimizer,
             make_augment(config),
             reduction=config.loss.reduction,
-            seed=config.seed,
             sam_rho=config.sam.rho if full else 0.0,
             sam_adaptive=config.sam.adaptive,
             sam_update_stats=config.sam.update_stats,
@@ -139,9 +142,13 @@ def setup(
             is_pair=run.is_pair,
             mesh=sharding.gathered_on(run.mesh),
         )
+
+        def train_step(state: Any, batch: Any, seed: jax.Array) -> Any:
+            return make(seed=seed)(state, batch)
+
         return jax.jit(
             train_step,
-            in_shardings=(shardings, rows),
+            in_shardings=(shardings, rows, whole),
             out_shardings=(shardings, whole),
             donate_argnums=0,
         )
@@ -170,6 +177,7 @@ def setup(
         thaw_step=thaw_step,
         state=sharding.abstract(shapes, shardings),
         initial=initial,
+        seed=sharding.place(np.int32(config.seed), whole),
         step_at=step_at,
     )
 
@@ -293,7 +301,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             arrays = {name: batch[name] for name in ("image", "labels")}
             placed = sharding.global_batch(arrays, rows)
             program = made.step_at(at)
-            state, metrics = program(state, placed)
+            state, metrics = program(state, placed, made.seed)
             terminal.speed.dispatched(metrics)
             # The numbers of a step are fetched once the next one is running.
             if previous is not None:
@@ -308,8 +316,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
                     terminal.thawed()
                 if at == start + 1 and jax.process_index() == 0:
                     period = range(at, at + config.sam.every_steps)
+                    steps = [made.step_at(i) for i in period]
                     terminal.speed.flops = speed.mean_flops(
-                        [made.step_at(i) for i in period], made.state, placed
+                        steps, made.state, placed, made.seed
                     )
                 terminal.restart_clock()
 

@@ -76,7 +76,7 @@ def trained(monkeypatch, config: ConfigDict, layout: str, steps: int, judged=Tru
     state, losses = made.initial(), []
     for at, batch in zip(range(1, steps + 1), batches(made, config), strict=False):
         before = state
-        state, metrics = made.step_at(at)(before, batch)
+        state, metrics = made.step_at(at)(before, batch, made.seed)
         losses.append(float(metrics["loss"]))
         # Every array is donated, and its successor lies where it lay.
         assert all(x.is_deleted() for x in jax.tree.leaves(before) if x.ndim)
@@ -106,7 +106,8 @@ def main(backbone: str, head: str, layout: str, whole: str = "") -> None:
         sharding.gathered_on = lambda mesh: None
     made = train.setup(config)
     jax.config.update("jax_enable_compilation_cache", False)
-    made.step_at(1).lower(made.state, next(batches(made, config))).compile()
+    batch = next(batches(made, config))
+    made.step_at(1).lower(made.state, batch, made.seed).compile()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""What a start does not do again, nor before it is needed."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from layouts import batches
+from small_model import make, make_batch, mlp
+from test_step import optimizer_for
+from test_strategy import settings  # noqa: F401
+
+from mljax import compile_cache, train
+from mljax.step import create_state, make_train_step
+
+
+def test_another_seed_is_the_same_program(settings, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(compile_cache, "_SHORTEST", 0.0)
+    settings.mutual.weight, settings.data.cutmix_alpha = 0.0, 0.0
+    settings.optim.freeze, settings.optim.freeze_epochs = "", 0
+    found: list[str] = []
+    jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+
+    def compile_step(seed):
+        """The training steps that are in the cache afterwards."""
+        settings.seed = seed
+        made = train.setup(settings)
+        assert made.seed == seed
+        batch = next(batches(made, settings))
+        found.clear()
+        made.step_at(1).lower(made.state, batch, made.seed).compile()
+        cached = (tmp_path / "cache").glob("jit_train_step-*-cache")
+        return {file.name for file in cached}
+
+    first = compile_step(0)
+    assert len(first) == 1 and "/jax/compilation_cache/cache_misses" in found
+    assert compile_step(1) == first
+    assert "/jax/compilation_cache/cache_hits" in found
+    assert "/jax/compilation_cache/cache_misses" not in found
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 1])
+def test_the_seed_draws_the_same_numbers_as_an_input(seed):
+    params, stats = make()
+    optimizer = optimizer_for(params)
+    state = replace(create_state(params, stats, optimizer, False), step=np.int32(11))
+    batch = make_batch()
+
+    def drawn(images, labels, key):
+        return images / 255, jax.random.randint(key, labels.shape, 0, 100)
+
+    def loss(outputs, labels):  # whole numbers: exact, however it is compiled
+        return labels.sum() + 0 * outputs.sum()
+
+    def first_loss(seed):
+        make_step = partial(make_train_step, mlp, loss, optimizer, drawn)
+        return make_step(reduction="sum", seed=seed)(state, batch)[1]["loss"]
+
+    found = jax.jit(first_loss)(np.int32(seed))
+    assert found > 0 and found == jax.jit(partial(first_loss, seed))()
