@@ -1,5 +1,8 @@
 """What a start does not do again, nor before it is needed."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from layouts import batches
+from runs import ROOT
 from small_model import make, make_batch, mlp
 from test_step import optimizer_for
 from test_strategy import settings  # noqa: F401
@@ -59,3 +63,35 @@ def test_the_seed_draws_the_same_numbers_as_an_input(seed):
 
     found = jax.jit(first_loss)(np.int32(seed))
     assert found > 0 and found == jax.jit(partial(first_loss, seed))()
+
+
+PROGRAMS = (
+    *("main", "predict", "explain", "export", "report", "serve", "thresholds"),
+    *("import_weights", "find_lr", "data.shard", "data.inspect"),
+)
+# What each of them takes a second or more to import.
+HEAVY = ("jax", "flax", "optax", "orbax", "tensorflow", "matplotlib", "scipy")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import runpy, sys, time\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.argv[1:] = ['--help']\n"
+        "    try: runpy.run_module(f'mljax.{name}', run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, name\n"
+        f"    found = [m for m in {HEAVY} if m in sys.modules]\n"
+        "    assert not found, f'{name} imports {found}'\n"
+        "print(time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *PROGRAMS],
+        cwd=ROOT,
+        env=os.environ | {"GLIBC_TUNABLES": "x=y"},  # or mljax.main starts anew
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *text, seconds = done.stdout.splitlines()
+    assert sum(line.startswith("usage: ") for line in text) == len(PROGRAMS)
+    assert float(seconds) < 1  # all of them: 0.2 s
