@@ -24,10 +24,8 @@ from mljax.decision import Decision
 from mljax.errors import UserError
 from mljax.formats import FORMATS, onnx_file
 from mljax.label_graph_data import LabelGraph
-from mljax.models import BACKBONES, HEADS, build_backbone, build_model, cpu, pretrained
-from mljax.models.fixed import fixed
-from mljax.models.functional import as_function, split
-from mljax.models.layers import BatchNorm
+from mljax.models import BACKBONES, HEADS, build_model, cpu, pretrained
+from mljax.models.functional import split
 
 NAMES = CLASS_NAMES
 needs_onnx = pytest.mark.skipif(
@@ -374,34 +372,3 @@ def test_photos(form, head, tmp_path, capsys):
         found = export.load(output, batch_size=batch).predict(photos)
         tolerance = 1e-4 if form == "onnx" else 1e-5
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(
-    "backbone",
-    [
-        "small_mobile",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in sorted(set(BACKBONES) - set(SMALL))
-        ),
-    ],
-)
-def test_a_fixed_network_is_the_same_function(backbone):
-    model = build_backbone(backbone, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    for _, norm in nnx.iter_modules(model):
-        if isinstance(norm, BatchNorm):  # as after some training
-            for value in (norm.weight, norm.running_var):
-                value[...] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
-            for value in (norm.bias, norm.running_mean):
-                value[...] = rng.normal(0, 0.2, value.shape).astype(np.float32)
-    images = rng.normal(0, 1, (2, 64, 64, 3)).astype(np.float32)
-    expected = jax.jit(as_function(model))(*split(model), images)[0]
-    made = fixed(model)
-    assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(made))
-    found = jax.jit(as_function(made))(*split(made), images)[0]
-    scale = float(np.abs(expected).max())
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * scale)
-    assert any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(model)) or (
-        "vit" in backbone
-    )

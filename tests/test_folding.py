@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from small_networks import SMALL
 from test_label_graph import some_graph
 
@@ -14,9 +15,11 @@ from mljax import config as configs
 from mljax.data import DATASETS
 from mljax.evaluate_workdir import evaluate_workdir
 from mljax.label_graph_data import LabelGraph
-from mljax.models import BACKBONES, folded
-from mljax.models.functional import split
+from mljax.models import BACKBONES, build_backbone, folded
+from mljax.models.fixed import fixed
+from mljax.models.functional import as_function, split
 from mljax.models.label_graph import GraphHead
+from mljax.models.layers import BatchNorm
 from mljax.run import make_run
 
 POOLS = ("avg", "max", "avg+max")
@@ -105,3 +108,34 @@ def test_other_models_come_back_as_they_are(tmp_path):
     used, found, _ = results.best_weights(run, tmp_path)
     assert used is run  # nothing is compiled again
     jax.tree.map(np.testing.assert_array_equal, found, variables)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "small_mobile",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in sorted(set(BACKBONES) - set(SMALL))
+        ),
+    ],
+)
+def test_a_fixed_network_is_the_same_function(backbone):
+    model = build_backbone(backbone, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for _, norm in nnx.iter_modules(model):
+        if isinstance(norm, BatchNorm):  # as after some training
+            for value in (norm.weight, norm.running_var):
+                value[...] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+            for value in (norm.bias, norm.running_mean):
+                value[...] = rng.normal(0, 0.2, value.shape).astype(np.float32)
+    images = rng.normal(0, 1, (2, 64, 64, 3)).astype(np.float32)
+    expected = jax.jit(as_function(model))(*split(model), images)[0]
+    made = fixed(model)
+    assert not any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(made))
+    found = jax.jit(as_function(made))(*split(made), images)[0]
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * scale)
+    assert any(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(model)) or (
+        "vit" in backbone
+    )
