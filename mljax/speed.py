@@ -1,5 +1,7 @@
 """How fast a run is and what it waits for: read off the clock every few steps."""
 
+import functools
+import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,24 @@ PEAKS = {
 }
 
 
+@functools.cache
+def _watcher() -> queue.SimpleQueue:
+    """Takes (array, list) and adds to the list when the array is computed."""
+    given: queue.SimpleQueue = queue.SimpleQueue()
+
+    def watch() -> None:
+        while True:
+            last, ended = given.get()
+            # Not block_until_ready: a thread inside it could not end with the program.
+            while not last.is_ready():
+                time.sleep(1e-3)
+            ended.append(time.perf_counter())
+            del last
+
+    threading.Thread(target=watch, daemon=True).start()
+    return given
+
+
 class Speed:
     """Collects times between two lines of the log.
 
@@ -56,16 +76,8 @@ class Speed:
         The loop is a step ahead of the devices: while they still compute, waiting for
         the next batch costs nothing, and `timed` does not count it.
         """
-        ended = self._ended = []
-        last = jax.tree.leaves(metrics)[-1]
-
-        # Not block_until_ready: a thread inside it could not end with the program.
-        def watch() -> None:
-            while not last.is_ready():
-                time.sleep(1e-3)
-            ended.append(time.perf_counter())
-
-        threading.Thread(target=watch, daemon=True).start()
+        self._ended = []
+        _watcher().put((jax.tree.leaves(metrics)[-1], self._ended))
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """`batches`; counts how long nothing was computed because one was not ready."""
