@@ -2,8 +2,8 @@
 
 python benchmarks/export_latency.py --backbone mobilenetv3_large_100 --size 224
 
-Weights are random: they decide nothing here. The formats take turns, so that what else
-the machine does meets all of them alike; what cannot run (a package is missing) is
+Weights are random: they decide nothing here. Heads and formats take turns, so that what
+else the machine does meets all of them alike; what cannot run (a package is missing) is
 left out and named.
 """
 
@@ -84,10 +84,10 @@ def openvino(path: Path) -> Runs:
 
 
 def milliseconds(
-    run: dict[str, tuple[Runs, float]], images: np.ndarray, repeats: int
-) -> dict[str, float]:
+    run: dict[tuple[str, str], tuple[Runs, float]], images: np.ndarray, repeats: int
+) -> dict[tuple[str, str], float]:
     """The median of each, in turns, after one call to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in run}
+    taken: dict[tuple[str, str], list[float]] = {name: [] for name in run}
     for turn in range(repeats + 1):
         for name, (function, _) in run.items():
             start = time.perf_counter()
@@ -108,23 +108,26 @@ def main() -> None:
     args = parser.parse_args()
     pixels = f"{args.size} x {args.size} pixels, {CLASSES} labels"
     print(f"{args.backbone}, {pixels}, median of {args.repeats}")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (args.batch, args.size, args.size, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as place:
+        run: dict[tuple[str, str], tuple[Runs, float]] = {}
+        for number, (head, fold) in enumerate(VARIANTS):
+            kind = head if head != "gcn" else f"gcn, {'' if fold else 'not '}folded"
+            folder = Path(place) / str(number)
+            folder.mkdir()
+            model = build(args.backbone, head, args.size, fold)
+            for name, made in forms(*model, folder).items():
+                run[kind, name] = made
+        few = milliseconds(run, images[:1], args.repeats)
+        many = milliseconds(run, images, args.repeats)
     print(
         f"{'head':<20} {'format':<16} {'MB':>7} {'ms, 1':>8} {f'ms, {args.batch}':>8}"
     )
-    for head, fold in VARIANTS:
-        model, about = build(args.backbone, head, args.size, fold)
-        with tempfile.TemporaryDirectory() as folder:
-            run = forms(model, about, Path(folder))
-            images = np.random.default_rng(0).integers(
-                0, 256, (args.batch, args.size, args.size, 3), np.uint8
-            )
-            few = milliseconds(run, images[:1], args.repeats)
-            many = milliseconds(run, images, args.repeats)
-        kind = head if head != "gcn" else f"gcn, {'' if fold else 'not '}folded"
-        for name, (_, size) in run.items():
-            shown = f"{size:.1f}" if size else ""
-            times = f"{few[name]:>8.1f} {many[name]:>8.1f}"
-            print(f"{kind:<18} {name:<16} {shown:>6} {times}", flush=True)
+    for (kind, name), (_, size) in run.items():
+        shown = f"{size:.1f}" if size else ""
+        times = f"{few[kind, name]:>8.1f} {many[kind, name]:>8.1f}"
+        print(f"{kind:<20} {name:<16} {shown:>7} {times}")
 
 
 if __name__ == "__main__":
