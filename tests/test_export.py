@@ -356,6 +356,17 @@ def test_a_damaged_export_is_named(tmp_path):
         export.load(file)
 
 
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", sorted(set(BACKBONES) - set(SMALL)))
+def test_onnx_with_every_backbone(backbone, tmp_path, capsys):
+    size = 224 if backbone.startswith("vit") else 72  # odd maps inside
+    run = save_run(tmp_path / "run", "linear", backbone, size)
+    output = outputs_of("onnx", tmp_path / "model")
+    # It is refused unless it is the checkpoint.
+    assert "written: " in call(capsys, *flags(run, "onnx", output))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", EVERY_FORMAT)
 @pytest.mark.parametrize("head", ["linear", "gcn", "ml_decoder"])

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from mljax.models import cpu
 from mljax.models.blocks import Blocks, residual
 from mljax.models.layers import BatchNorm, Conv, constant
 
@@ -139,6 +140,11 @@ class ResNet(nnx.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """Largest of 3x3 at every second pixel: [b, H, W, C] -> [b, H / 2, W / 2, C]."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
+    if cpu.is_plain():
+        # ONNX: of the other form jax2onnx makes a pool over four axes, which ONNX
+        # Runtime refuses, and of this one it leaves out the padding.
+        x = jnp.pad(x, pads, constant_values=-jnp.inf)
+        return nnx.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pads)
 
 

@@ -66,8 +66,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        shape = batch, tokens, self.heads, dim // self.heads
+        q, k, v = (part.reshape(shape) for part in jnp.split(self.qkv(x), 3, axis=-1))
         scores = jnp.einsum(
             "bqhd,bkhd->bhqk",
             q / math.sqrt(q.shape[-1]),
