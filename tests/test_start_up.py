@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from layouts import batches
 from runs import ROOT
 from small_model import make, make_batch, mlp
@@ -23,6 +24,7 @@ def test_another_seed_is_the_same_program(settings, monkeypatch, tmp_path):  # n
     monkeypatch.setattr(compile_cache, "_SHORTEST", 0.0)
     settings.mutual.weight, settings.data.cutmix_alpha = 0.0, 0.0
     settings.optim.freeze, settings.optim.freeze_epochs = "", 0
+    compilation_cache.reset_cache()  # or it keeps the folder of an earlier test
     found: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
 
@@ -42,6 +44,7 @@ def test_another_seed_is_the_same_program(settings, monkeypatch, tmp_path):  # n
     assert compile_step(1) == first
     assert "/jax/compilation_cache/cache_hits" in found
     assert "/jax/compilation_cache/cache_misses" not in found
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1])
