@@ -6,6 +6,9 @@ the state dict, so that neither optimiser nor EMA spends time on it; and the gra
 normalised once. Such care is what the heads of a user who looks at speed would have.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,26 +39,70 @@ class Cosine(nn.Module):
         return cosines(x, self.weight)
 
 
+def normalised(edges: Tensor) -> Tensor:
+    """(A D)^T D with D the row sums to the power of -1/2: [labels, labels]."""
+    scale = edges.sum(1) ** -0.5
+    return (edges * scale).T * scale
+
+
+class GCN(nn.Module):
+    """Kipf and Welling (2017): graph @ x @ W, twice."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.register_buffer("graph", normalised(weights["A"]), persistent=False)
+        self.gc1 = nn.Parameter(weights["gc1.weight"])
+        self.gc2 = nn.Parameter(weights["gc2.weight"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in (self.gc1, self.gc2):
+            x = F.leaky_relu(self.graph @ (x @ weight), 0.2)
+        return x
+
+
+class GAT(nn.Module):
+    """Velickovic et al. (2018), twice; one head, dropout 0.1 on the attention."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        absent = normalised(weights["A"]) <= 0
+        self.register_buffer("absent", absent, persistent=False)
+        for name in ("gc1.W", "gc1.a", "gc2.W", "gc2.a"):
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(weights[name]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight, a in ((self.gc1_W, self.gc1_a), (self.gc2_W, self.gc2_a)):
+            h = x @ weight
+            a1, a2 = a.chunk(2)
+            scores = F.leaky_relu(h @ a1 + (h @ a2).T, 0.2)
+            attention = scores.masked_fill(self.absent, -9e15).softmax(1)
+            attention = F.dropout(attention, 0.1, self.training)
+            x = F.leaky_relu(F.elu(attention @ h), 0.2)
+        return x
+
+
 class Graph(nn.Module):
     """Label-graph re-weighting, the paper's section on it: two graph layers make a gate
-    for every channel, the same for all images."""
+    for every channel, the same for all images.
 
-    def __init__(self, weights: Weights, conv_head: nn.Module | None):
+    layers: of the tensors; embeddings [labels, 300] -> [labels, features].
+    """
+
+    def __init__(
+        self,
+        layers: Callable[[Weights], nn.Module],
+        weights: Weights,
+        conv_head: nn.Module | None,
+    ):
         super().__init__()
-        edges = weights["A"]
-        scale = edges.sum(1) ** -0.5
-        self.register_buffer("graph", (edges * scale).T * scale, persistent=False)
+        self.layers = layers(weights)
         self.register_buffer("labels", weights["inp"], persistent=False)
         self.weight = nn.Parameter(weights["head.weight"])
         self.folded: Tensor | None = None
 
-    def layers(self) -> Tensor:
-        """[labels, features]"""
-        raise NotImplementedError
-
     def gate(self) -> Tensor:
         with torch.autocast(self.weight.device.type, enabled=False):
-            return torch.sigmoid(self.layers().amax(0))
+            return torch.sigmoid(self.layers(self.labels).amax(0))
 
     def fold(self) -> None:
         """For inference: the gate is computed once."""
@@ -66,42 +113,6 @@ class Graph(nn.Module):
         gate = self.gate() if self.folded is None else self.folded
         # It is not negative, so that pooling first gives the same.
         return cosines(fmap.mean((2, 3)).float() * gate, self.weight)
-
-
-class GCN(Graph):
-    """Kipf and Welling (2017): graph @ x @ W."""
-
-    def __init__(self, weights: Weights, conv_head: nn.Module | None):
-        super().__init__(weights, conv_head)
-        self.gc1 = nn.Parameter(weights["gc1.weight"])
-        self.gc2 = nn.Parameter(weights["gc2.weight"])
-
-    def layers(self) -> Tensor:
-        x = self.labels
-        for weight in (self.gc1, self.gc2):
-            x = F.leaky_relu(self.graph @ (x @ weight), 0.2)
-        return x
-
-
-class GAT(Graph):
-    """Velickovic et al. (2018), one head, dropout 0.1 on the attention."""
-
-    def __init__(self, weights: Weights, conv_head: nn.Module | None):
-        super().__init__(weights, conv_head)
-        for name in ("gc1.W", "gc1.a", "gc2.W", "gc2.a"):
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(weights[name]))
-        self.register_buffer("absent", self.graph <= 0, persistent=False)
-
-    def layers(self) -> Tensor:
-        x = self.labels
-        for weight, a in ((self.gc1_W, self.gc1_a), (self.gc2_W, self.gc2_a)):
-            h = x @ weight
-            a1, a2 = a.chunk(2)
-            scores = F.leaky_relu(h @ a1 + (h @ a2).T, 0.2)
-            attention = scores.masked_fill(self.absent, -9e15).softmax(1)
-            attention = F.dropout(attention, 0.1, self.training)
-            x = F.leaky_relu(F.elu(attention @ h), 0.2)
-        return x
 
 
 class MLDecoder(nn.Module):
@@ -145,4 +156,9 @@ class MLDecoder(nn.Module):
         return scores.flatten(1)[:, : len(self.bias)] + self.bias
 
 
-HEADS = {"linear": Cosine, "gcn": GCN, "gat": GAT, "ml_decoder": MLDecoder}
+HEADS = {
+    "linear": Cosine,
+    "gcn": partial(Graph, GCN),
+    "gat": partial(Graph, GAT),
+    "ml_decoder": MLDecoder,
+}
