@@ -3,13 +3,11 @@
 import importlib.util
 import json
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import shared
 from flax import nnx
 from jax import export as jax_export
 from PIL import Image
@@ -88,6 +86,12 @@ def flags(run, form, output):
     return ["--checkpoint", run, "--format", form, "--output", output]
 
 
+def restored(run):
+    """The checkpoint's predictor, in float32 as the exports."""
+    model, about = pretrained.restore(run, "float32")
+    return predict.from_model(model, about, decision.load(*_step(run)))
+
+
 def outputs_of(form, path):
     return f"{path}.onnx" if form == "onnx" else str(path)
 
@@ -107,8 +111,7 @@ def test_an_export_is_the_checkpoint(form, head, tmp_path, capsys):
     run = save_run(tmp_path / "run", head)
     output = outputs_of(form, tmp_path / "model")
     assert "differ by at most" in call(capsys, *flags(run, form, output))
-    model, about = pretrained.restore(run, "float32")
-    reference = predict.from_model(model, about, decision.load(*_step(run)))
+    reference = restored(run)
     found = export.load(output)
     assert found.class_names == NAMES
     np.testing.assert_array_equal(found.thresholds, reference.thresholds)
@@ -231,71 +234,6 @@ def _any_batch(config, size):
     assert found.shape == (batch, len(NAMES))
 
 
-@needs_onnx
-def test_an_onnx_graph_is_clean(tmp_path, capsys):
-    import onnx
-
-    run = save_run(tmp_path / "run", "linear", "mobilenetv3_large_100", decided=False)
-    call(capsys, *flags(run, "onnx", tmp_path / "model.onnx"))
-    model = onnx.load(tmp_path / "model.onnx")
-    kinds = Counter(node.op_type for node in model.graph.node)
-    # 15 blocks of a depthwise and two other convolutions (the first block has one),
-    # two in each of 8 squeeze-and-excite, stem, last stage, conv_head.
-    assert kinds["Conv"] == 3 * 15 - 1 + 2 * 8 + 3
-    assert kinds["Transpose"] < 6 and kinds["MatMul"] == 1
-    assert kinds["Add"] < 15  # the skips: no bias is left
-    assert [(i.domain, i.version) for i in model.opset_import] == [
-        ("", onnx_file.OPSET)
-    ]
-    (images,) = model.graph.input
-    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    assert images.type.tensor_type.shape.dim[0].dim_param
-
-
-@needs_onnx
-@pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="needs pip install openvino"
-)
-@pytest.mark.parametrize("head", ["linear", "gcn", "ml_decoder"])
-def test_openvino(head, tmp_path, capsys):
-    import openvino
-
-    run = save_run(tmp_path / "run", head)
-    call(capsys, *flags(run, "onnx", tmp_path / "model.onnx"))
-    hint = {"INFERENCE_PRECISION_HINT": "f32"}
-    core = openvino.Core()
-    compiled = core.compile_model(tmp_path / "model.onnx", "CPU", hint)
-    for batch in (1, 7):
-        images = export.samples(32, 32)[:batch]
-        p, labels = compiled({"images": images}).values()
-        expected = export.load(tmp_path / "model.onnx").predict(images)
-        np.testing.assert_allclose(p, expected, rtol=0, atol=1e-5)
-        assert labels.shape == p.shape
-
-
-@needs_onnx
-def test_int8(tmp_path, capsys):
-    import onnx
-
-    run = save_run(tmp_path / "run", "ml_decoder")
-    whole, small = tmp_path / "whole.onnx", tmp_path / "small.onnx"
-    call(capsys, *flags(run, "onnx", whole))
-    printed = call(capsys, *flags(run, "onnx", small), "--int8", "--data", "val")
-    assert "int8: " in printed and "mAP: " in printed
-    stored = onnx.load(small).graph.initializer
-    eight = [t for t in stored if t.data_type == onnx.TensorProto.INT8]
-    numbers = sum(int(np.prod(t.dims)) for t in eight)
-    assert numbers > 5000
-    kinds = Counter(node.op_type for node in onnx.load(whole).graph.node)
-    assert kinds["MatMul"] + kinds["Gemm"] == 6  # of the decoder
-    assert kinds["Einsum"] == 3  # attention, and the classifier of each group
-    assert small.stat().st_size < whole.stat().st_size - 2 * numbers
-    images = export.samples(32, 32)
-    one, other = (export.load(p).predict(images) for p in (whole, small))
-    assert 0 < np.abs(one - other).max() < 0.02
-    assert export.load(small).class_names == NAMES
-
-
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -354,32 +292,3 @@ def test_a_damaged_export_is_named(tmp_path):
         made.writestr("weights.safetensors", b"")
     with pytest.raises(UserError, match=f"{file}: is damaged"):
         export.load(file)
-
-
-@needs_onnx
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", sorted(set(BACKBONES) - set(SMALL)))
-def test_onnx_with_every_backbone(backbone, tmp_path, capsys):
-    size = 224 if backbone.startswith("vit") else 72  # odd maps inside
-    run = save_run(tmp_path / "run", "linear", backbone, size)
-    output = outputs_of("onnx", tmp_path / "model")
-    # It is refused unless it is the checkpoint.
-    assert "written: " in call(capsys, *flags(run, "onnx", output))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", EVERY_FORMAT)
-@pytest.mark.parametrize("head", ["linear", "gcn", "ml_decoder"])
-def test_photos(form, head, tmp_path, capsys):
-    """100 photos at batch 1, 7 and 64, MobileNetV3."""
-    photos = sorted(shared("data/corel5k/images").rglob("*.jpg"))[:100]
-    run = save_run(tmp_path / "run", head, "mobilenetv3_large_100", 128)
-    output = outputs_of(form, tmp_path / "model")
-    call(capsys, *flags(run, form, output))
-    model, about = pretrained.restore(run, "float32")
-    reference = predict.from_model(model, about, decision.load(*_step(run)))
-    expected = reference.predict(photos)
-    for batch in (1, 7, 64):
-        found = export.load(output, batch_size=batch).predict(photos)
-        tolerance = 1e-4 if form == "onnx" else 1e-5
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)

@@ -190,15 +190,16 @@ def test_four_processes_and_an_image_that_one_of_them_cannot_read(tmp_path):
 @pytest.mark.slow
 def test_fifty_random_kills(undisturbed, tmp_path):
     """Of one or the other of two processes, at any moment; a run after the other."""
-    whole, cache = undisturbed
+    _, cache = undisturbed
     draw = random.Random(0)
+    whole, quick = tmp_path / "whole", "--config.hosts.heartbeat_timeout=10"
     begun = time.monotonic()
-    finish(2, tmp_path / "timing", cache)
+    finish(2, whole, cache, quick)
     longest = time.monotonic() - begun
     kills = finished = 0
     workdir = tmp_path / "run0"
     while kills < 50:
-        hosts = Hosts(2, workdir, cache, "--config.hosts.heartbeat_timeout=5")
+        hosts = Hosts(2, workdir, cache, quick)
         at = time.monotonic() + draw.uniform(0, 1.2 * longest)
         if hosts.until(lambda at=at: time.monotonic() > at):
             try:
@@ -217,6 +218,6 @@ def test_fifty_random_kills(undisturbed, tmp_path):
             finished += 1
             shutil.rmtree(workdir)
             workdir = tmp_path / f"run{kills}"
-    finish(2, workdir, cache)
+    finish(2, workdir, cache, quick)
     same_results(whole, workdir)
     print(f"{kills} kills, {finished + 1} runs finished, all with the same bits")
