@@ -2,8 +2,9 @@
 # Trains with N processes on the CPU of this machine, as on N machines:
 #   bash launch/local_hosts.sh 2 --config configs/shapes.py:debug --workdir runs/two
 # Each line begins with the number of the process that wrote it. Ctrl-C and SIGTERM are
-# passed on, so that the run is saved; a second one kills. The exit code is 0, or that
-# of the first process to fail. DEVICES=4 simulates that many devices in each process.
+# passed on, so that the run is saved; a second one kills. When one fails the others end
+# (see hosts.heartbeat_timeout); those that do not within GRACE seconds (60) are killed.
+# The exit code is 0, or that of the first process to fail. DEVICES=4 simulates that many devices in each process.
 set -uo pipefail
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash $0 N ARGS...   (N processes of python -m mljax.main ARGS...)" >&2
@@ -51,7 +52,18 @@ for ((i = 0; i < count; i++)); do
     pids+=($!)
 done
 
+# Without it, a process that died before all were connected would be waited for until
+# hosts.start_timeout.
+end_the_rest() {
+    trap '' INT TERM HUP
+    sleep "${GRACE:-60}"
+    echo "local_hosts: still running ${GRACE:-60} s after one failed: killed" >&2
+    kill -KILL "$@" 2>/dev/null
+}
+
 code=0
+failed=0
+reaper=
 left=("${pids[@]}")
 while [ "${#left[@]}" -gt 0 ]; do
     wait -n -p ended "${left[@]}"
@@ -62,6 +74,7 @@ while [ "${#left[@]}" -gt 0 ]; do
         if [ "$ended_with" -ne 0 ]; then
             [ "$code" -eq 0 ] && code=$ended_with
             echo "local_hosts: process $i ended with exit code $ended_with" >&2
+            failed=$ended_with
         fi
     done
     rest=()
@@ -70,5 +83,11 @@ while [ "${#left[@]}" -gt 0 ]; do
     done
     left=("${rest[@]}")
     unset ended
+    # 75: saved upon a signal, as the others are about to.
+    if [ -z "$reaper" ] && [ "$failed" -ne 0 ] && [ "$failed" -ne 75 ]; then
+        end_the_rest "${left[@]}" &
+        reaper=$!
+    fi
 done
+[ -n "$reaper" ] && kill -KILL -- "-$reaper" 2>/dev/null
 exit "$code"

@@ -26,6 +26,7 @@ from mljax.errors import Stopped, UserError, one_line
 _FAILED = "mljax/failed"
 _SETTINGS = "mljax/settings"
 _POLL = 1.0  # seconds between two looks at what the others report
+_LONGER = 60  # seconds that JAX waits on, so that the reason is ours
 _LAST_WORDS = 10.0  # seconds in which the others read why one failed
 
 
@@ -114,13 +115,20 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
     method = None if args.cluster == "auto" else args.cluster
     if len(given) == 3:
         method = "deactivate"
+    address = given.get("coordinator_address", "the address of process 0")
+    late = (
+        f"no connection of all processes at {address} within "
+        f"config.hosts.start_timeout = {config.start_timeout} s"
+    )
+    hint = "is each of them running, and the port free?"
     try:
-        jax.distributed.initialize(
-            **given,
-            cluster_detection_method=method,
-            initialization_timeout=config.start_timeout,
-            heartbeat_timeout_seconds=config.heartbeat_timeout,
-        )
+        with _ended_after(config.start_timeout, f"{late}: {hint}"):
+            jax.distributed.initialize(
+                **given,
+                cluster_detection_method=method,
+                initialization_timeout=config.start_timeout + _LONGER,
+                heartbeat_timeout_seconds=config.heartbeat_timeout,
+            )
     except (ValueError, KeyError, ImportError) as error:
         if not given and method is None and "coordinator_address" in str(error):
             return  # no cluster: an ordinary program
@@ -131,12 +139,27 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
     except RuntimeError as error:
         if not given and method is None and "before any JAX calls" in str(error):
             return  # a program that has computed something already: it is alone
-        address = given.get("coordinator_address", "the address of process 0")
-        raise UserError(
-            f"no connection of all processes at {address} within "
-            f"config.hosts.start_timeout = {config.start_timeout} s "
-            f"({_short(error)}): is each of them running, and the port free?"
-        ) from error
+        raise UserError(f"{late} ({_short(error)}): {hint}") from error
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, text: str) -> Iterator[None]:
+    """Ends the process with one line if what is inside takes longer.
+
+    JAX's client would end it too, but with a stack trace.
+    """
+
+    def end() -> None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _address(args: argparse.Namespace) -> dict[str, Any]:

@@ -85,7 +85,10 @@ class Hosts:
 
     def wait(self, timeout: float = 240) -> int:
         """The exit code."""
-        code = self.process.wait(timeout)
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"runs after {timeout} s\n{self.text}") from None
         self._reader.join(10)
         return code
 

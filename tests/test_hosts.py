@@ -1,17 +1,20 @@
 """Two and four processes on this machine, and what becomes of them when one ends."""
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from host_runs import Hosts, finish
-from runs import load, same_results
+from runs import TINY, load, run, same_results
 
 from mljax import config as configs
 from mljax import hosts
@@ -59,6 +62,35 @@ def test_an_error_of_one_ends_all_with_its_message(undisturbed, tmp_path):
     assert "process 0 on " in next(x for x in begun.lines if x.startswith("[1] error"))
     assert "Traceback" not in begun.text
     assert (tmp_path / "run" / "mine.txt").read_text() == "not a run"
+
+
+def test_one_that_dies_before_they_have_met(tmp_path, monkeypatch):
+    """The other waits for it, until the launcher ends it."""
+    monkeypatch.setenv("GRACE", "2")
+    started = Hosts(2, tmp_path / "run", tmp_path / "cache")
+    pid = None
+    while pid is None:
+        with contextlib.suppress(AssertionError, OSError):
+            pid = started.pid(1)
+    os.kill(pid, signal.SIGKILL)
+    assert started.wait(60) == 137, started.text
+    assert "process 1 ended with exit code 137" in started.text
+    assert "still running 2 s after one failed: killed" in started.text
+    assert "process 0 ended with exit code 137" in started.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_never_comes(tmp_path, rank):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    flags = ["--coordinator", address, "--num-processes=2", f"--process-id={rank}"]
+    flags += [*TINY, "--config.hosts.start_timeout=3"]
+    done = run(tmp_path / "run", tmp_path, *flags)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: no connection of all processes at {address} within")
 
 
 @pytest.mark.parametrize(
@@ -188,9 +220,10 @@ def test_four_processes_and_an_image_that_one_of_them_cannot_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_fifty_random_kills(undisturbed, tmp_path):
+def test_fifty_random_kills(undisturbed, tmp_path, monkeypatch):
     """Of one or the other of two processes, at any moment; a run after the other."""
     _, cache = undisturbed
+    monkeypatch.setenv("GRACE", "20")
     draw = random.Random(0)
     whole, quick = tmp_path / "whole", "--config.hosts.heartbeat_timeout=10"
     begun = time.monotonic()
