@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mljax.errors import Stopped, UserError, one_line
+from mljax.preemption import RESTART
 
 _FAILED = "mljax/failed"
 _SETTINGS = "mljax/settings"
@@ -151,7 +152,7 @@ def _ended_after(seconds: float, text: str) -> Iterator[None]:
 
     def end() -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(RESTART)  # most likely one of them died
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

@@ -88,7 +88,7 @@ def test_one_that_never_comes(tmp_path, rank):
     flags = ["--coordinator", address, "--num-processes=2", f"--process-id={rank}"]
     flags += [*TINY, "--config.hosts.start_timeout=3"]
     done = run(tmp_path / "run", tmp_path, *flags)
-    assert done.returncode == 1
+    assert done.returncode == 75  # launchers start again
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: no connection of all processes at {address} within")
 
