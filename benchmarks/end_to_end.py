@@ -211,7 +211,7 @@ def contestant(args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
         "dtype": args.dtype,
         "epochs": 1,
     }
-    command = [f"--config={ROOT / 'configs' / 'corel5k.py'}"]
+    command = [f"--config={ROOT / 'configs' / 'corel5k.py'}:plain"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     command += [f"--{flag}" for flag in args.set]
     config = program.read_config(program.parse([*command, "--workdir=none"]))

@@ -3,8 +3,8 @@
 python benchmarks/heads.py --root PHOTOS --weights WEIGHTS.safetensors \
     --workdirs FOLDER [--heads linear gcn] [--seeds 0 1 2]
 
-Trains configs/corel5k.py with each head and seed, one run after the other, each in a
-work directory FOLDER/HEAD-SEED. Killed and started again it goes on, and what is
+Trains configs/corel5k.py:plain with each head and seed, one run after the other, each
+in a work directory FOLDER/HEAD-SEED. Killed and started again it goes on, and what is
 finished is not trained again. Then prints the table: the mean and each seed's mAP (of
 the best epoch), parameters (10^6), multiply-adds of an image (10^6), milliseconds for
 an image and for eight (medians), and the images/s of training, evaluation apart.
@@ -42,7 +42,7 @@ def train(args: argparse.Namespace, head: str, seed: int) -> tuple[Path, float]:
     if (workdir / "metrics.json").exists():
         return workdir, 0.0
     flags = [
-        f"--config={ROOT / 'configs' / 'corel5k.py'}",
+        f"--config={ROOT / 'configs' / 'corel5k.py'}:plain",
         f"--workdir={workdir}",
         f"--config.data.root={args.root}",
         f"--config.init_from={args.weights}",

@@ -283,6 +283,9 @@ def test_recipes_augment_as_published():
     for name in ("corel5k", "shapes"):
         data = configs.load(f"configs/{name}.py").data
         assert not data.randaugment.n and not data.cutout
+    plain = configs.load("configs/corel5k.py", "plain")
+    assert plain.data.crop_area == 1 and plain.sam.update_stats == "both"
+    assert not plain.eval.flip
 
 
 def test_one_image_cannot_be_mixed():
