@@ -236,7 +236,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # the batch has its own: m-sharpness. As many as devices, or as mesh.data (groups of
     # mesh.fsdp devices), or a multiple; model.batch_norm_groups is the same or more.
     sam.groups = 1
-    sam.update_stats = "both"  # BatchNorm statistics move in: both | first
+    sam.update_stats = "both"  # BatchNorm statistics move in passes: both | first
     # SAM for less than two passes a step, in one of three ways:
     # momentum: one pass, perturbed along the optimiser's momentum (Momentum-SAM); it
     # takes a larger rho: its authors use 3 where SAM has 0.2.
