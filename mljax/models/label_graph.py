@@ -79,7 +79,12 @@ class GraphConvolution(nnx.Module):
         train: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        return _matmul(adjacency, _matmul(x, self.weight[...].astype(x.dtype)))
+        weight = self.weight[...].astype(x.dtype)
+        # With many labels the product with the adjacency is the dear one: it is taken
+        # where the vectors are shorter. (Of the embeddings it has no gradient either.)
+        if weight.shape[0] < weight.shape[1]:
+            return _matmul(_matmul(adjacency, x), weight)
+        return _matmul(adjacency, _matmul(x, weight))
 
 
 class GraphAttention(nnx.Module):
