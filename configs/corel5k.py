@@ -4,8 +4,9 @@ python -m mljax.main --config configs/corel5k.py --workdir runs/corel5k \
     --config.data.root=FOLDER --config.init_from=WEIGHTS.safetensors
 
 FOLDER holds train.json and val.json (36 labels, 4,213 / 466 photos); WEIGHTS is timm's
-tf_mobilenetv3_large_minimal_100. `:plain` has the settings that the published PyTorch
-implementation was run with, and no more; `:debug` runs one epoch of 32 x 32 pictures.
+tf_mobilenetv3_large_minimal_100. `:plain` has what the published PyTorch
+implementation was run with (but for the shorter EMA) and no more; `:debug` runs one
+epoch of 32 x 32 pictures.
 """
 
 from ml_collections import ConfigDict

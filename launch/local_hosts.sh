@@ -4,7 +4,8 @@
 # Each line begins with the number of the process that wrote it. Ctrl-C and SIGTERM are
 # passed on, so that the run is saved; a second one kills. When one fails the others end
 # (see hosts.heartbeat_timeout); those that do not within GRACE seconds (60) are killed.
-# The exit code is 0, or that of the first process to fail. DEVICES=4 simulates that many devices in each process.
+# The exit code is 0, or that of the first process to fail. DEVICES=4 simulates that
+# many devices in each process.
 set -uo pipefail
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash $0 N ARGS...   (N processes of python -m mljax.main ARGS...)" >&2

@@ -268,7 +268,7 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
         ("sam.reuse", config.sam.every_steps > 1, "config.sam.every_steps above 1"),
         *(
             (f"sam.{key}", by_gradient, "config.sam.direction = gradient")
-            for key in (*cheaper[1:], "adaptive")
+            for key in (*cheaper[1:], "adaptive", "update_stats")
         ),
         ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
         ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),

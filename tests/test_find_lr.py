@@ -285,7 +285,7 @@ def test_the_next_run_uses_what_was_found(searched):
 
 
 def test_trials(tmp_path):
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="--method=tpe needs pip install optuna")
     from mljax.lr_search import Study
 
     study = Study(tmp_path, 1e-4, 1.0, seed=0)
@@ -315,7 +315,7 @@ def test_trials(tmp_path):
 
 
 def test_trials_end_to_end(searched):
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="--method=tpe needs pip install optuna")
     folder, output = searched[0] / "trials", searched[1][2]
     assert "judged on val; data.holdout" in output
     names = {"search.json", "study.db", "trials.csv", "trials.png"}
@@ -329,7 +329,7 @@ def test_trials_end_to_end(searched):
 
 
 def test_a_killed_search_goes_on(searched, tmp_path):
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="--method=tpe needs pip install optuna")
     folder = tmp_path / "trials"
     command = ["find_lr", *flags(folder, *TRIALS)]
     process, begun = start(searched[0] / "cache", *command), False

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -68,11 +67,14 @@ def test_one_that_dies_before_they_have_met(tmp_path, monkeypatch):
     """The other waits for it, until the launcher ends it."""
     monkeypatch.setenv("GRACE", "2")
     started = Hosts(2, tmp_path / "run", tmp_path / "cache")
-    pid = None
-    while pid is None:
+
+    def exists() -> bool:
         with contextlib.suppress(AssertionError, OSError):
-            pid = started.pid(1)
-    os.kill(pid, signal.SIGKILL)
+            return bool(started.pid(1))
+        return False
+
+    assert started.until(exists), started.text
+    started.signal(1, signal.SIGKILL)
     assert started.wait(60) == 137, started.text
     assert "process 1 ended with exit code 137" in started.text
     assert "still running 2 s after one failed: killed" in started.text

@@ -75,6 +75,7 @@ def test_a_checkpoint_from_before_the_direction_is_loaded(tmp_path):
         ({"direction": "momentum", "every_images": 2}, "sam.direction = gradient"),
         ({"direction": "momentum", "groups": 2}, "sam.direction = gradient"),
         ({"direction": "momentum", "adaptive": True}, "sam.direction = gradient"),
+        ({"direction": "momentum", "update_stats": "first"}, "direction = gradient"),
         ({"direction": "up"}, "one of gradient, momentum"),
         ({"every_steps": 0}, "must be above 0"),
         ({"every_images": 0}, "must be above 0"),
@@ -91,14 +92,6 @@ def test_settings_of_no_use_are_refused(changes, message):
     with pytest.raises(UserError, match=message) as error:
         configs.validate(config)
     assert "\n" not in str(error.value)
-
-
-def test_every_form_goes_with_the_config_of_corel5k():
-    for key, value in {"rho": 0, "direction": "momentum", "every_steps": 5}.items():
-        config = configs.load("configs/corel5k.py")
-        config.data.root = "somewhere"
-        configs.override(config, f"sam.{key}", str(value))
-        configs.validate(config)
 
 
 @pytest.mark.parametrize(
