@@ -44,13 +44,16 @@ def small_networks(monkeypatch):
         monkeypatch.setitem(BACKBONES, name, make)
 
 
-def save_run(folder, head="gcn", backbone="small_mobile", size=32, decided=True):
+def save_run(
+    folder, head="gcn", backbone="small_mobile", size=32, decided=True, flip=False
+):
     """A work directory as training and mljax.thresholds leave it."""
     config = configs.load("configs/shapes.py", "debug")
     config.model.backbone, config.model.head = backbone, head
     config.model.ml_decoder.update(dim=32, heads=2, feedforward=64)
     config.model.query2label.update(dim=32, heads=2, feedforward=64)
     config.data.image_size, config.data.num_val = size, 16
+    config.eval.flip = flip
     config.dtype = "bfloat16"  # exports compute in float32 all the same
     graph = None
     if head in ("gcn", "gat"):

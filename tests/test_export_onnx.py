@@ -53,6 +53,17 @@ def test_an_onnx_graph_is_clean(tmp_path, capsys):
     assert images.type.tensor_type.shape.dim[0].dim_param
 
 
+@needs_onnx
+def test_mirror_images_need_no_second_copy_of_the_weights(tmp_path, capsys):
+    sizes = []
+    for flip in (False, True):
+        run, output = tmp_path / f"run{flip}", tmp_path / f"{flip}.onnx"
+        save_run(run, "linear", "mobilenetv3_large_100", flip=flip)
+        call(capsys, *flags(run, "onnx", output))  # refused unless it is the checkpoint
+        sizes.append(output.stat().st_size)
+    assert sizes[1] < 1.05 * sizes[0]
+
+
 def in_openvino(path):
     import openvino
 

@@ -42,6 +42,7 @@ def write(program: Program, path: Path) -> None:
         )
     onnx_tidy.tidy(made)
     made = onnx_tidy.without_transposes(made)
+    onnx_tidy.share_constants(made)
     describe(made, program.about)
     onnx.checker.check_model(made)
     onnx.save(made, str(path))

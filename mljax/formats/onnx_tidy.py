@@ -62,6 +62,20 @@ def tidy(model: Any) -> None:
     graph.graph.value_info.extend(kept)
 
 
+def share_constants(model: Any) -> None:
+    """Keeps equal constants once: a picture and its mirror image meet the same ones."""
+    graph = _Graph(model, require("onnx"))
+    first: dict[Any, str] = {}
+    same = {
+        name: first.setdefault((value.dtype.str, value.shape, value.tobytes()), name)
+        for name, value in graph.constants.items()
+    }
+    for node in graph.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = same.get(name, name)
+    graph.write_constants()
+
+
 def without_transposes(model: Any) -> Any:
     """The same function with maps as channels first, the way that ONNX convolves.
 
