@@ -84,7 +84,8 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
 
     Returns:
         mAP; CP, CR, CF1, OP, OR, OF1 (probability > 0.5); the same with "_top3" in
-        their names for the three most probable labels of each image; and "per_class":
+        their names for the three labels of each image with the highest scores (far
+        apart even where float32 makes 1.0 of both probabilities); and "per_class":
         AP by column, None where a class has no positive.
 
     Raises:
@@ -98,7 +99,7 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
             "read)"
         )
     p = np.asarray(probabilities(scores.outputs))
-    top3 = metrics.classification_report(p, scores.labels, top_k=3)
+    top3 = metrics.classification_report(scores.outputs, scores.labels, top_k=3)
     return {
         "mAP": float(np.mean(ap[~np.isnan(ap)])),
         **metrics.classification_report(p, scores.labels),

@@ -103,10 +103,11 @@ def classification_report(
     CF1 = 2 CP CR / (CP + CR); OP, OR and OF1 pool the entries of all classes.
 
     Args:
-      probabilities: [num_images, num_classes].
+      probabilities: [num_images, num_classes]; with top_k alone any scores.
       labels: [num_images, num_classes]; 1, 0 or -1 (neither predicted nor counted, and
         takes no place among the top k).
-      threshold: predicted is probability > threshold; a number or [num_classes].
+      threshold: predicted is probability > threshold; a number (rounded as the
+        probabilities are) or [num_classes].
       top_k: predict the k most probable labels of an image instead, whatever the
         threshold. Of equal ones the label with the lower index goes first.
       top_k_and_threshold: with top_k, they must exceed the threshold too.
@@ -120,6 +121,9 @@ def classification_report(
     """
     probabilities, labels = _check_shapes("probabilities", probabilities, labels)
     num_images, num_classes = probabilities.shape
+    if type(threshold) is float and probabilities.dtype.kind == "f":
+        # float32(0.3) is above 0.3, but a probability of 0.3 is not.
+        threshold = probabilities.dtype.type(threshold)
     threshold = np.asarray(threshold)
     if threshold.shape not in ((), (num_classes,)) or np.isnan(threshold).any():
         raise ValueError(

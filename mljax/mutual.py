@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from mljax.errors import UserError
 from mljax.models import Classifier, pretrained
 from mljax.models.functional import NETWORKS
+from mljax.models.layers import at_least_float32
 
 Tree = dict[str, Any]
 
@@ -81,19 +82,24 @@ def make_loss(
 
 
 def mean_kl(target: jax.Array, own: jax.Array, labels: jax.Array) -> jax.Array:
-    """KL(Bern(p) || Bern(q)), p = sigmoid(target), q = sigmoid(own), over all entries.
+    """Mean KL(Bern(p) || Bern(q)) with p = sigmoid(target) and q = sigmoid(own).
 
     Args:
         target, own: logits [batch, num_classes].
-        labels: [batch, num_classes]; where they are -1 nothing is added.
+        labels: [batch, num_classes]; where they are -1 the entry does not count.
 
     Returns:
-        The sum over the annotated entries / (batch * num_classes), a scalar.
+        The mean over the annotated entries, a scalar in float32 at least; 0 if there
+        are none.
     """
+    target = target.astype(at_least_float32(target.dtype))
+    own = own.astype(at_least_float32(own.dtype))
     p = jax.nn.sigmoid(target)
     present = p * (log_sigmoid(target) - log_sigmoid(own))
     absent = (1 - p) * (log_sigmoid(-target) - log_sigmoid(-own))
-    return jnp.sum(jnp.where(labels < 0, 0, present + absent)) / labels.size
+    known = labels >= 0
+    total = jnp.sum(jnp.where(known, present + absent, 0))
+    return total / jnp.maximum(jnp.count_nonzero(known), 1)
 
 
 def load(

@@ -46,8 +46,9 @@ def choose(
     What is best for a few positives is mostly chance, so that two things lean on all
     classes, for one with P positives:
     - Its labels count P / (P + 100 shrink). The rest is what the probabilities
-      themselves expect, once Platt scaling of all classes as one has calibrated them
-      (as in the expected F-measure of Ye et al. 2012, arXiv 1206.4625).
+      themselves expect (as in the expected F-measure of Ye et al. 2012, arXiv
+      1206.4625), calibrated by Platt scaling: P / (P + shrink) the class's own and
+      the rest that of all classes as one.
     - Its threshold is P / (P + shrink) of its own and the rest of the overall one, in
       logits. Without positives it has the overall one.
 
@@ -80,7 +81,9 @@ def choose(
 
     positives = (y == 1).sum(0)
     share = positives / np.maximum(positives + 100 * shrink, 1e-12)
-    counted = share * (y == 1) + (1 - share) * (_expected(p, y) if shrink else 0)
+    counted = share * (y == 1) + (1 - share) * (
+        _expected(p, y, shrink) if shrink else 0
+    )
 
     def best(p: NDArray, y: NDArray, counted: NDArray) -> tuple[float, bool]:
         known = y != -1
@@ -99,11 +102,12 @@ def choose(
     return Choice(np.minimum(thresholds.astype(np.float32), below_1), overall, reached)
 
 
-def _expected(p: NDArray, y: NDArray) -> NDArray:
+def _expected(p: NDArray, y: NDArray, shrink: float) -> NDArray:
     """Calibrated probabilities, or the labels if nothing can be calibrated."""
     logits = _logit(p.astype(np.float64))
     try:
-        return fit(logits, y, method="platt").probabilities(logits)
+        found = fit(logits, y, method="platt", per_class=True, shrink=shrink)
+        return found.probabilities(logits)
     except ValueError:  # the scores do not rise with the labels
         return (y == 1).astype(np.float32)
 

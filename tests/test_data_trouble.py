@@ -135,6 +135,15 @@ def test_a_disk_that_is_gone_ends_the_run():
         again.see(bad, names, 3)
 
 
+def test_the_top_three_are_those_with_the_highest_scores():
+    """All of these have a probability of 1.0 in float32."""
+    outputs = 23 * np.float32([[0.8, 0.8, 0.8, 0.1, 0.95, 0.95, 0.95]])
+    labels = np.array([[0, 0, 0, 0, 1, 1, 1]])
+    scores = evaluate.Scores(outputs, labels, np.arange(1), np.arange(0))
+    found = evaluate.report(scores, lambda x: 1 / (1 + np.exp(-x)))
+    assert found["OP_top3"] == found["OR_top3"] == found["OF1_top3"] == 1
+
+
 def test_evaluation_without_a_readable_positive():
     outputs = np.zeros((3, 2), np.float32)
     labels = np.array([[0, 0], [-1, -1], [0, -1]])

@@ -68,6 +68,17 @@ def test_cosine_starts_with_unit_classes_and_stays_in_range():
     assert np.abs(cosines).max() <= 1
 
 
+def test_logits_of_bfloat16_features_are_computed_in_float32():
+    head = build_head("linear", 64, 5, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (256, 1, 1, 64)).astype(jnp.bfloat16)
+    weight, bias = (
+        np.asarray(p, np.float64)
+        for p in (head.classifier.weight[...], head.classifier.bias[...])
+    )
+    exact = np.asarray(x, np.float64)[:, 0, 0] @ weight + bias
+    np.testing.assert_allclose(head(x), exact, atol=1e-5)
+
+
 def test_cosine_of_bfloat16_features_is_computed_in_float32():
     head = build_head("cosine", 64, 5, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (4, 2, 2, 64)).astype(jnp.bfloat16)

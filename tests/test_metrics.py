@@ -245,6 +245,14 @@ def test_report_by_hand():
     assert report == pytest.approx(want)
 
 
+def test_a_probability_is_not_above_a_threshold_of_the_same_number():
+    labels = np.ones((1, 3))
+    for dtype in (np.float32, np.float64):
+        p = np.array([[0.1, 0.3, 0.6]], dtype)
+        found = [classification_report(p, labels, t)["OR"] for t in (0.1, 0.3, 0.6)]
+        assert found == pytest.approx([2 / 3, 1 / 3, 0])
+
+
 def test_top_k_ties_go_to_the_first_label():
     labels = np.array([[1, 1, 0, 0, 0]])
     tied = np.full((1, 5), 0.3)

@@ -37,7 +37,15 @@ def test_mean_kl_is_that_of_independent_labels():
     found = mutual.mean_kl(target, own, np.zeros_like(labels))
     np.testing.assert_allclose(found, kl.mean(), rtol=1e-5)
     found = mutual.mean_kl(target, own, labels)
-    np.testing.assert_allclose(found, kl[labels >= 0].sum() / kl.size, rtol=1e-5)
+    np.testing.assert_allclose(found, kl[labels >= 0].mean(), rtol=1e-5)
+    # A class that nobody annotated changes nothing; bfloat16 is computed in float32.
+    wider = [np.pad(x, ((0, 0), (0, 2)), constant_values=3) for x in (target, own)]
+    unknown = np.pad(labels, ((0, 0), (0, 2)), constant_values=-1)
+    np.testing.assert_allclose(mutual.mean_kl(*wider, unknown), found, rtol=1e-6)
+    assert mutual.mean_kl(*wider, np.full_like(unknown, -1)) == 0
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (target, own)]
+    exact = mutual.mean_kl(*(x.astype(jnp.float32) for x in half), labels)
+    assert mutual.mean_kl(*half, labels) == exact
     assert mutual.mean_kl(own, own, labels) == 0
 
 
@@ -68,7 +76,10 @@ def test_what_the_other_says_is_a_constant():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_the_divergence_of_an_accumulated_batch_is_still_a_mean(reduction):
+@pytest.mark.parametrize(("accumulate", "groups"), [(4, 1), (1, 4), (2, 2)])
+def test_the_divergence_of_a_batch_in_parts_is_still_a_mean(
+    reduction, accumulate, groups
+):
     config = get_config()
     config.loss.reduction = reduction
     config.mutual.weight = 50.0
@@ -85,7 +96,7 @@ def test_the_divergence_of_an_accumulated_batch_is_still_a_mean(reduction):
         for a, b in (("one", "two"), ("two", "one"))
     )
     np.testing.assert_allclose(kl, 50 * expected, rtol=1e-4)
-    config.optim.accumulate = 4
+    config.optim.accumulate, config.sam.groups = accumulate, groups
     of_part = make_loss(config, ["a", "b", "c"])
     parts = [
         of_part({n: x[i::4] for n, x in outputs.items()}, labels[i::4])

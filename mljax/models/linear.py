@@ -100,8 +100,9 @@ class LinearHead(nnx.Module):
         act2 = PReLU(dtype=dtype) if prelu else ACTIVATIONS[activation]
         self.act2 = act2 if hidden else None
         classifier = CosineClassifier if cosine else Linear
+        # Scores rounded to bfloat16 would tie, and the ranking with them.
         self.classifier = classifier(
-            hidden or features, num_classes, dtype=dtype, rngs=rngs
+            hidden or features, num_classes, dtype=at_least_float32(dtype), rngs=rngs
         )
         self.pool, self.dropout = pool, dropout
 
@@ -116,8 +117,7 @@ class LinearHead(nnx.Module):
             x = self.act2(self.conv_head(x[:, None, None])[:, 0, 0])
         if train:
             x = dropout(x, self.dropout, rngs)
-        x = self.classifier(x)
-        return x.astype(at_least_float32(x.dtype))
+        return self.classifier(x)
 
 
 def linear(features: int, num_classes: int, **options) -> LinearHead:
