@@ -1,11 +1,13 @@
 """Runs of one small training on several layouts of simulated devices.
 
-python tests/layouts.py BACKBONE HEAD LAYOUT [whole]
+python tests/layouts.py BACKBONE HEAD LAYOUT [plain] [parts]
 
 compiles the step for 8 devices, with SAM, rematerialisation and accumulation, so that
-XLA's warnings can be read; "whole": without gathering the parameters first.
+XLA's warnings can be read; "plain": of the convolutions that accelerators are given,
+"parts": without gathering the parameters first.
 """
 
+import contextlib
 import sys
 
 import jax
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 from mljax import config as configs
 from mljax import results, sharding, train
 from mljax.data import pipeline
-from mljax.models import BACKBONES
+from mljax.models import BACKBONES, cpu
 from mljax.models.mobilenetv3 import MobileNetV3, _stages
 
 # name -> (devices, mesh.data, mesh.fsdp)
@@ -98,16 +100,18 @@ def assert_same(one, other, tolerance: float) -> None:
     jax.tree.map(close, one, other)
 
 
-def main(backbone: str, head: str, layout: str, whole: str = "") -> None:
+def main(backbone: str, head: str, layout: str, *how: str) -> None:
     changes = {"model.remat": "true", "optim.accumulate": 2, "sam.rho": 0.05}
     config = config_for(backbone, head, **changes)
     _, config.mesh.data, config.mesh.fsdp = LAYOUTS[layout]
-    if whole:
+    if "parts" in how:
         sharding.gathered_on = lambda mesh: None
     made = train.setup(config)
     jax.config.update("jax_enable_compilation_cache", False)
     batch = next(batches(made, config))
-    made.step_at(1).lower(made.state, batch, made.seed).compile()
+    with cpu.plain_forms() if "plain" in how else contextlib.nullcontext():
+        lowered = made.step_at(1).lower(made.state, batch, made.seed)
+    lowered.compile()
 
 
 if __name__ == "__main__":

@@ -101,11 +101,13 @@ def compile_in_the_open(*arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_no_full_rematerialization(head):
+    """Of the forms that a CPU takes and of those that accelerators take."""
     for layout in ("fsdp", "2x4"):
-        assert WARNING not in compile_in_the_open("mobilenetv3_large_100", head, layout)
+        for how in ((), ("plain",)):
+            of = ("mobilenetv3_large_100", head, layout, *how)
+            assert WARNING not in compile_in_the_open(*of), of
     # And it is said where it happens: with parameters left in parts.
-    said = compile_in_the_open("mobilenetv3_large_100", head, "2x4", "whole")
-    assert WARNING in said
+    assert WARNING in compile_in_the_open("shallow", head, "2x4", "plain", "parts")
 
 
 @pytest.mark.slow
