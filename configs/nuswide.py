@@ -8,8 +8,8 @@ FOLDER holds train.json and val.json (annotation JSON, see the README); the publ
 val.json has 50,720 images. Splits differ between papers, because many of the original
 links are dead: compare figures of one split only. With `original` FOLDER is the data
 set as its makers published it (ImageList/, Groundtruth/TrainTestLabels/, Concepts81.txt
-and Flickr/): their split of 161,789 / 107,859 images, which is another one.
---config.data.drop_missing=true goes on without the images that are gone.
+and Flickr/): their split of 161,789 / 107,859 images, which is another one, without a
+figure. --config.data.drop_missing=true goes on without the images that are gone.
 
 | configs/nuswide.py:     | published mAP                | WEIGHTS                 |
 |-------------------------|------------------------------|-------------------------|
@@ -36,4 +36,4 @@ PUBLISHED = {"tresnet_v2_l,ml_decoder": 68.3}
 
 def get_config(arg: str = "") -> ConfigDict:
     original = {"name": "nuswide", "train": "Train", "val": "Test"}
-    return recipe(arg, PUBLISHED, original=original)
+    return recipe(arg, PUBLISHED, original=original, other_split=True)

@@ -17,7 +17,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
     keys += ["optim.name", "optim.lr_reference_batch", "sam.rho", "mutual.weight"]
     keys += ["sam.direction", "sam.every_steps", "sam.reuse", "sam.every_images"]
     keys += ["optim.freeze", "optim.backbone_lr_factor", "optim.layer_decay"]
+    keys += ["optim.bias_lr_factor", "optim.clip_norm", "optim.weight_decay"]
+    if config.optim.name == "sgd" and not _cycles(here) and not _cycles(there):
+        keys.append("optim.momentum")
     if not config.optim.lr_reference_batch:  # which makes one lr of all batch sizes
         keys.append("batch_size")
     off = [
@@ -75,6 +78,12 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
         for key in keys
         if there[key] != here[key]
     ]
+    if bool(there["init_from"]) != bool(here["init_from"]):
+        start = {True: "pretrained weights", False: "random weights"}
+        off.append(
+            f"{start[bool(there['init_from'])]}, which are "
+            f"{start[bool(here['init_from'])]} here (init_from)"
+        )
     if off:
         raise UserError(
             f"config.optim.lr_from = {where}: found {lr:g} for {'; '.join(off)}; "
@@ -84,6 +93,11 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
     config.optim.lr = lr
     configs.validate(config)
     return config, f"lr:      {lr:g}, found by {method} in {file.parent}"
+
+
+def _cycles(flat: Mapping[str, Any]) -> bool:
+    """Whether the schedule replaces the momentum."""
+    return flat["optim.schedule"] == "one_cycle" and flat["optim.cycle_momentum"]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ Heavy imports wait until the flags and the config are known to be right, so that
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -153,6 +154,9 @@ def exit_code(
 ) -> int:
     """Of a program whose flags are right: 0; 1 for an error; 130 when interrupted; and
     that of `Stopped`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The name of a file may hold bytes that cannot be printed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         job()
     except Stopped as stopped:

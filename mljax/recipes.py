@@ -55,6 +55,7 @@ def recipe(
     published: Mapping[str, float],
     tfds: Tfds | None = None,
     original: Mapping[str, Any] | None = None,
+    other_split: bool = False,
 ) -> ConfigDict:
     """The config of the variant `arg`; the head decides lr, scale and EMA decay.
 
@@ -65,6 +66,7 @@ def recipe(
             where the size is not 448).
         tfds: what "tfds" reads.
         original: what "original" changes in `config.data`.
+        other_split: "original" has other images than those of the figures.
 
     Raises:
         ValueError: a word is unknown or excludes one before it; names the choices.
@@ -104,6 +106,8 @@ def recipe(
     config.published_mAP = published.get(variant, -1.0)
     if original and chosen.get("source") == "original":
         config.data.update(original)
+        if other_split:
+            config.published_mAP = -1.0
     if tfds and chosen.get("source") == "tfds":
         config.data.name = "tfds"
         config.data.tfds_name = tfds.name

@@ -61,6 +61,13 @@ class Terminal:
                 )
                 for note in source.notes:
                     self.say(f"{name + ':':<9}{note}")
+                if always := source.never_absent():
+                    shown = ", ".join(always[:5]) + (", ..." if always[5:] else "")
+                    ap = "" if name == "train" else " (their AP is always 100)"
+                    self.say(
+                        f"{name + ':':<9}{len(always)} classes without a known "
+                        f"negative{ap}: {shown}"
+                    )
         twice = "2 x " if run.is_pair else ""
         params = finetune.one_network(params)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -106,13 +106,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes all of `text` or nothing, whenever the process dies; process 0 does."""
+    """Writes all of `text` or nothing, whenever the process dies; process 0 does.
+
+    What UTF-8 does not know (a byte in the name of a file) is written as \\udce9.
+    """
     import jax  # here: `--help` of the programs has no use for it
 
     if jax.process_index():
         return
     part = file.with_name(f".{file.name}.part")
-    with part.open("w", encoding="utf-8") as handle:
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
@@ -139,7 +142,8 @@ def write_summary(workdir: Path, summary: Mapping[str, Any]) -> None:
 def write_unreadable(workdir: Path, names: set[str]) -> None:
     """The images that could not be read, a name a line; no file where there is none."""
     if names:
-        write_text(workdir / UNREADABLE, "".join(f"{n}\n" for n in sorted(names)))
+        lines = [name.replace("\n", "\\n") for name in sorted(names)]
+        write_text(workdir / UNREADABLE, "".join(f"{line}\n" for line in lines))
 
 
 def check_same_classes(path: str, saved: Mapping[str, Any], names: list[str]) -> None:

@@ -2,8 +2,11 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ import source_trees
 import tensorflow_datasets as tfds
 from data_trees import blocks, data_config, encode, write_json
 from PIL import Image
+from runs import ROOT
 from source_trees import TRAIN, TRAIN_UNKNOWN, VAL_UNKNOWN
 from test_data_decode import exif_bytes
 
 from mljax import config as configs
+from mljax import workdir
 from mljax.data import inspect
 from mljax.run import make_loss
 
@@ -249,6 +254,51 @@ def test_a_second_report(tmp_path, capsys):
     inspected(tmp_path, data, expect=1)
     assert "no such file" in capsys.readouterr().err
     assert json.loads((tmp_path / "report/report.json").read_text()) == report
+
+
+def test_positives_and_unknown_labels_only(tmp_path):
+    """As a set in which somebody named what is there and nothing else."""
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(blocks(i), "PNG"))
+    for split in ("train", "val"):
+        rows = [
+            ["0.png", ["a"], ["b"]],
+            ["1.png", ["a", "b"]],
+            ["2.png", [], ["a", "b"]],
+        ]
+        write_json(tmp_path / f"{split}.json", ["a", "b", "c"], rows)
+    report, _, _ = inspect.inspect(data_config(tmp_path), 0, print)
+    assert report["splits"]["train"]["classes_without_negatives"] == ["a", "b"]
+    assert report["splits"]["train"]["classes_without_positives"] == ["c"]
+    problems = texts(report, "problem")
+    assert "train: 2 labels without a known negative" in problems
+    looks = texts(report, "look")
+    assert "val: 2 labels without a known negative, whose AP is 100" in looks
+    # Nothing is known of the third image but that it has no c.
+    assert "without any label" not in texts(report, "note")
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9\n.png")
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "ok.png").write_bytes(encode(blocks(), "PNG"))
+    for split in ("train", "val"):
+        write_json(
+            tmp_path / f"{split}.json", ["a"], [[name, ["a"]], ["ok.png", ["a"]]]
+        )
+    output = tmp_path / "report"
+    done = subprocess.run(
+        [sys.executable, "-m", "mljax.data.inspect", "--config=configs/common.py"]
+        + [f"--config.data.root={tmp_path}", f"--output={output}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUTF8": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "udce9" in (output / "report.html").read_text()
+    workdir.write_unreadable(tmp_path, {name, "ok.png"})
+    assert (tmp_path / "unreadable.txt").read_text() == "caf\\udce9\\n.png\nok.png\n"
 
 
 def test_sources_without_files(tmp_path):

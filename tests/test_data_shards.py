@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import source_trees
 import tensorflow as tf
 from all_sources import CLASSES, MAKERS, NUM_TRAIN, NUM_VAL, augmented, write_shards
 from data_trees import data_config
@@ -91,6 +94,37 @@ def test_a_finished_folder_is_left_alone(made, capsys):
     assert {p: p.stat().st_mtime_ns for p in root.iterdir()} == before
 
 
+def test_a_lost_shard_is_written_again(made, tmp_path):
+    files, root = made[1] / "files", tmp_path / "shards"
+    shutil.copytree(made[1] / "shards", root)
+    lost = next(root.glob("train-00001-*.tfrecord"))
+    whole = lost.read_bytes()
+    lost.unlink()
+    config = data_config(root, name="shards")
+    with pytest.raises(UserError, match="is missing .*same command of mljax.data.sha"):
+        DATASETS["shards"](config, 0)
+    assert write_shards(files, root) == 0
+    assert lost.read_bytes() == whole
+
+
+def test_objects_and_notes_go_along(tmp_path, monkeypatch):
+    real, notes = shard._load, ("one", "two ö")
+    monkeypatch.setattr(
+        shard,
+        "_load",
+        lambda c: {k: replace(s, notes=notes) for k, s in real(c).items()},
+    )
+    config = source_trees.write("voc", tmp_path / "voc")
+    source = DATASETS["voc"](config, 0).train
+    flags = ["--config.data.name=voc", f"--config.data.train={config.train}"]
+    flags += [f"--config.data.{key}={config[key]}" for key in ("val", "difficult")]
+    assert write_shards(tmp_path / "voc", tmp_path / "shards", *flags) == 0
+    config = data_config(tmp_path / "shards", name="shards")
+    found = DATASETS["shards"](config, 0).train
+    np.testing.assert_array_equal(found.objects, source.objects)
+    assert found.notes == notes
+
+
 def test_stopped_at_any_place_it_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
     files, whole = made[1] / "files", made[1] / "shards"
     real, writes = shard._example, [0]
@@ -161,6 +195,11 @@ def test_what_cannot_be_read_stops_or_stays(tmp_path, capsys):
     train = DATASETS["shards"](config, 0).train
     rows = list(pipeline.eval_batches(train, data_config=config, batch_size=12))
     assert np.flatnonzero(~rows[0]["ok"]).tolist() == [3, 7]
+    Path(source.train.names[3]).write_bytes(b"")
+    assert write_shards(tmp_path, tmp_path / "empty", *stop) == 1
+    assert "é 3: cannot be read (is empty)" in capsys.readouterr().err
+    assert write_shards(tmp_path, tmp_path / "with an empty one") == 0
+    assert "1 cannot be read and stay so" in capsys.readouterr().out
 
 
 def test_pictures_that_are_drawn_are_stored_without_loss(tmp_path):

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import source_trees
+from data_trees import blocks, data_config, encode
 from source_trees import CLASSES, TRAIN, TRAIN_UNKNOWN, VAL, VAL_UNKNOWN
 
 from mljax import config as configs
 from mljax import evaluate, label_graph_data, losses
-from mljax.data import DATASETS, pipeline
+from mljax.data import DATASETS, pipeline, table
 from mljax.errors import UserError
 
 
@@ -160,6 +161,55 @@ def test_empty_cells_can_mean_unknown(tmp_path):
     config.table.empty = "unknown"
     expected = np.where(TRAIN == 0, np.int8(-1), TRAIN)
     np.testing.assert_array_equal(load(config).train.labels, expected)
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        ("['cat', 'dog']", ["cat", "dog"]),
+        ("['cat' 'dog']", ["cat", "dog"]),
+        ("['cat'\n 'dog']", ["cat", "dog"]),
+        ('["a, b", "it\'s",]', ["a, b", "it's"]),
+        ("[10, 2]", ["10", "2"]),
+        ("[]", []),
+        ("['cat', 'dog' 'cow']", None),
+        ("['cat',, 'dog']", None),
+        ("['cat', ['dog']]", None),
+        ("['cat'] + ['dog']", None),
+        ("[1.5]", None),
+        ("[b'cat']", None),
+        ("['cat", None),
+        ("[cat]", None),
+    ],
+)
+def test_lists_as_python_and_numpy_write_them(cell, names):
+    assert table._listed(cell) == names
+
+
+def test_lines_of_one_image_add_up(tmp_path):
+    """A line for each (image, label), and labels that are numbers."""
+    photo = encode(blocks(), "PNG")
+    for name in ("p.png", "q.png"):
+        (tmp_path / name).write_bytes(photo)
+    text = "image,labels,unknown\np.png,10,2\nq.png,9,\np.png,2,9\n"
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text(text)
+    config = data_config(tmp_path, name="table", train="train.csv", val="val.csv")
+    config.table.update(labels="labels", unknown="unknown")
+    source = load(config).train
+    assert source.class_names == ["2", "9", "10"]
+    np.testing.assert_array_equal(source.labels, [[1, -1, 1], [0, 1, 0]])
+    assert [os.path.basename(name) for name in source.names] == ["p.png", "q.png"]
+    assert source.notes == (
+        "1 lines name an image again: their labels are added to it",
+    )
+    # With a column for each label the lines stay, and it is said that they differ.
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("image,a,b\np.png,1,0\np.png,0,1\n")
+    config.table.update(labels="", unknown="")
+    source = load(config).train
+    assert len(source) == 2
+    assert "1 images are listed more than once with other labels" in source.notes[0]
 
 
 def test_label_columns_by_name(tmp_path):

@@ -198,6 +198,9 @@ def test_a_found_learning_rate_is_used(tmp_path):
         ("sam.every_steps", 5),
         ("model.backbone", "resnet50"),
         ("model.head", "gcn"),
+        ("optim.weight_decay", 0.1),
+        ("optim.bias_lr_factor", 1.0),
+        ("optim.clip_norm", 0.5),
     ],
 )
 def test_a_learning_rate_of_another_run_is_refused(tmp_path, key, value):
@@ -209,6 +212,27 @@ def test_a_learning_rate_of_another_run_is_refused(tmp_path, key, value):
         find_lr.resolve(config)
     text = str(error.value)
     assert f"{key} = " in text and f"is {value!r} here" in text and "\n" not in text
+
+
+def test_a_learning_rate_of_random_weights_is_for_random_weights(tmp_path):
+    config = configs.load("configs/shapes.py")
+    stored(tmp_path, config)
+    config.optim.lr_from, config.init_from = str(tmp_path), "weights.safetensors"
+    with pytest.raises(UserError, match="random weights, which are pretrained weights"):
+        find_lr.resolve(config)
+
+
+def test_momentum_counts_where_the_schedule_leaves_it(tmp_path):
+    config = configs.load("configs/shapes.py")
+    config.optim.name, config.optim.cycle_momentum = "sgd", True
+    stored(tmp_path, config)
+    config.optim.lr_from, config.optim.momentum = str(tmp_path), 0.5
+    assert find_lr.resolve(config)[0].optim.momentum == 0.5
+    config.optim.momentum, config.optim.cycle_momentum = 0.9, False
+    stored(tmp_path, config)
+    config.optim.momentum = 0.5
+    with pytest.raises(UserError, match="optim.momentum = 0.9, which is 0.5 here"):
+        find_lr.resolve(config)
 
 
 def test_with_a_reference_batch_the_batch_size_may_differ(tmp_path):

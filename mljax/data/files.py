@@ -64,7 +64,7 @@ def from_files(
     possible = np.array([name is not None for name in encoded], bool)
     present = possible if missing == "keep" else possible & _are_there(files)
     absent = np.flatnonzero(~present).tolist()
-    notes = list(notes)
+    notes = [*notes, *_contradictions(names, labels)]
     if len(absent) and missing == "drop":
         if len(absent) == len(files):
             raise UserError(
@@ -101,6 +101,22 @@ def from_files(
         objects=None if objects is None else objects[keep],
         notes=tuple(notes),
     )
+
+
+def _contradictions(names: Sequence[str], labels: np.ndarray) -> list[str]:
+    """A note where an image is listed several times, with different labels."""
+    first: dict[str, int] = {}
+    off = [
+        name
+        for row, name in enumerate(names)
+        if not np.array_equal(labels[first.setdefault(name, row)], labels[row])
+    ]
+    if not off:
+        return []
+    return [
+        f"{len(set(off))} images are listed more than once with other labels, such as "
+        f"{quoted(off[0])}: each line counts as an image of its own"
+    ]
 
 
 def content_keys(files: Sequence[str]) -> list[str]:

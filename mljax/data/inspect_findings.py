@@ -54,6 +54,12 @@ def _problems(report: Mapping[str, Any]) -> list[str]:
             f"train: {_count(len(names), 'label')} without a positive, which nothing "
             f"can be learned of: {some(names)}"
         )
+    names = report["splits"]["train"]["classes_without_negatives"]
+    if names:
+        texts.append(
+            f"train: {_count(len(names), 'label')} without a known negative, of which "
+            f"only that it is always there can be learned: {some(names)}"
+        )
     return texts
 
 
@@ -65,6 +71,12 @@ def _looks(report: Mapping[str, Any]) -> list[str]:
             texts.append(
                 f"{split}: {_count(len(names), 'label')} without a positive, left out "
                 f"of its mAP: {some(names)}"
+            )
+        names = counts["classes_without_negatives"]
+        if split != "train" and names:
+            texts.append(
+                f"{split}: {_count(len(names), 'label')} without a known negative, "
+                f"whose AP is 100 whatever is predicted: {some(names)}"
             )
     rare = [
         row["name"]
@@ -112,7 +124,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     smallest_side = min(size) if isinstance(size, list | tuple) else size
     for split, counts in report["splits"].items():
         texts += [f"{split}: {note}" for note in counts["notes"]]
-        if without := counts["images_without_labels"]:
+        if without := counts["images_known_to_have_no_label"]:
             share = without / counts["images"]
             texts.append(
                 f"{split}: {_count(without, 'image')} ({share:.1%}) without any label: "

@@ -25,13 +25,11 @@ def split_counts(source: Source) -> dict[str, Any]:
         "labels_per_image": float(per_image.mean()),
         "images_by_number_of_labels": {str(k): histogram[k] for k in sorted(histogram)},
         "images_without_labels": histogram[0],
+        "images_known_to_have_no_label": int((source.labels == 0).all(1).sum()),
         "unknown_labels": int((source.labels == -1).sum()),
         "images_with_unknown_labels": int((source.labels == -1).any(1).sum()),
-        "classes_without_positives": [
-            name
-            for name, any_there in zip(source.class_names, positive.any(0), strict=True)
-            if not any_there
-        ],
+        "classes_without_positives": source.never_present(),
+        "classes_without_negatives": source.never_absent(),
         "notes": list(source.notes),
     }
 

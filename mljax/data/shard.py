@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     sources = _load(config)
     plan = _plan(sources, args.images_per_shard)
     _open(args.output, plan)
-    if shards.read_json(args.output, shards.ABOUT) is not None:
+    lost = _lost(args.output, plan)
+    if shards.read_json(args.output, shards.ABOUT) is not None and not lost:
         print(f"{args.output}: is complete already")
         return
     unreadable: list[str] = []
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         for number, name in enumerate(names):
             first = number * args.images_per_shard
             rows = range(first, min(first + args.images_per_shard, len(source)))
-            if not shards.read_json(args.output, f"{name}.json"):
+            if name in lost or not shards.read_json(args.output, f"{name}.json"):
                 _write_shard(args.output, name, source, rows, config, unreadable)
             _progress(f"{split} {number + 1}/{len(names)}", number + 1 == len(names))
         _write_table(args.output, split, source, names)
@@ -126,6 +127,15 @@ def _open(root: str, plan: dict[str, Any]) -> None:
         raise UserError(f"--output {root}: {error.message}") from None
 
 
+def _lost(root: str, plan: dict[str, Any]) -> set[str]:
+    """The shards that were finished and are not there any more."""
+    import tensorflow as tf
+
+    present = set(tf.io.gfile.listdir(root))
+    names = {name for names in plan["splits"].values() for name in names}
+    return {name for name in names - present if f"{name}.json" in present}
+
+
 def _write_shard(
     root: str,
     name: str,
@@ -178,13 +188,14 @@ def _read(
 
     with ThreadPoolExecutor(config.data.parallel_reads or num_cpus()) as pool:
         for row, data in zip(rows, pool.map(read, rows), strict=True):
-            if isinstance(data, bytes):
+            if isinstance(data, bytes) and data:
                 yield data
                 continue
+            why = reason(data) if isinstance(data, tf.errors.OpError) else "is empty"
             if config.data.on_error == "stop":
                 raise UserError(
-                    f"{source.names[row]}: cannot be read ({reason(data)}); replace it "
-                    "or set data.on_error=skip"
+                    f"{source.names[row]}: cannot be read ({why}); replace it or set "
+                    "data.on_error=skip"
                 )
             unreadable.append(source.names[row])
             yield b""
@@ -221,11 +232,14 @@ def _write_table(root: str, split: str, source: "Source", names: list[str]) -> N
     table: dict[str, Any] = {
         "labels": source.labels,
         "names": shards.pack(source.names),
+        "notes": shards.pack(list(source.notes)),
         "shard": np.concatenate(shard),
         "start": np.concatenate([part["start"] for part in parts]).astype(np.int64),
         "length": np.concatenate([part["length"] for part in parts]).astype(np.int64),
         "content": np.frombuffer(keys, np.uint8).reshape(-1, 32),
     }
+    if source.objects is not None:
+        table["objects"] = source.objects
     _write(root, f"{split}.npz", lambda file: np.savez_compressed(file, **table))
 
 

@@ -6,7 +6,8 @@ A folder holds `train-00000-of-00007.tfrecord` ..., with one `tf.train.Example` 
 ("image": its encoded bytes as they were, "name", "labels": the numbers of the classes
 that are present, "unknown": those nobody checked), which any reader of TFRecords can
 use. Beside them lie `dataset.json` (classes, files), `train.npz` and `val.npz` (labels,
-where each record starts), `embeddings.npy` and `cooccurrence.npy` (the label graph).
+how often each stands in an image where that is known, where each record starts),
+`embeddings.npy` and `cooccurrence.npy` (the label graph).
 
 Because it is known where each record starts, image i is read with one request, as if it
 were a file. So batches are the same as from the files that were sharded, to the bit;
@@ -64,7 +65,7 @@ def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     if missing:
         raise UserError(
             f"data.root={root}: {missing[0]} is missing ({len(missing)} shards are): "
-            "copy it there, or write all to another folder"
+            "copy it there, or give the same command of mljax.data.shard again"
         )
     return {split: _source(root, about, split, data_config) for split in SPLITS}
 
@@ -104,6 +105,8 @@ def _source(
         split=split,
         content=lambda: [key.tobytes() for key in table["content"]],
         encoded=encoded,
+        objects=table.get("objects"),
+        notes=tuple(filter(None, unpack(table["notes"]))) if "notes" in table else (),
     )
 
 

@@ -45,6 +45,17 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    def never_present(self) -> list[str]:
+        """The classes without a positive: they have no AP."""
+        return self._classes(~(self.labels == 1).any(0))
+
+    def never_absent(self) -> list[str]:
+        """The classes with positives and no known negative: their AP is always 1."""
+        return self._classes((self.labels == 1).any(0) & (self.labels != 0).all(0))
+
+    def _classes(self, which: np.ndarray) -> list[str]:
+        return [self.class_names[i] for i in np.flatnonzero(which)]
+
     def take(self, indices: np.ndarray, split: str | None = None) -> "Source":
         """The images `indices` ([n] integers) as a source of their own, in that order.
 

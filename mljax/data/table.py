@@ -7,9 +7,11 @@
 Paths are relative to the file, or to data.train_images / data.val_images in data.root.
 A label column holds 1 (present), 0 (absent), -1 (unknown) or nothing, which means what
 `data.table.empty` says. In a list, labels stand between `data.table.separator`s (or as
-a Python list: ['cat', 'dog']); those in the column `data.table.unknown` are unknown
-unless they are in the first list too. The labels are sorted by name: the label columns,
-or what occurs in the lists of both splits (data.classes names a file that lists them).
+a list of Python or numpy: ['cat', 'dog'], ['cat' 'dog'], [3, 10]); those in the column
+`data.table.unknown` are unknown unless they are in the first list too. Lines with lists
+that name an image again add to its labels. The labels are sorted by name, or by value
+if all are numbers: the label columns, or what occurs in the lists of both splits
+(data.classes names a file that lists them).
 
 Two files, data.train and data.val; or one, `data.table.file`, of which data.train and
 data.val are values in the column `data.table.split`.
@@ -19,7 +21,8 @@ import ast
 import csv
 import io
 import os
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,7 +121,7 @@ def _label_columns(data_config: ConfigDict, table: _Table) -> list[str]:
     for name in given:
         _column(table, name, "data.table.columns")
     others = {options.image, options.split}
-    names = sorted(set(given) or {n for n in table.header if n not in others})
+    names = _sorted(set(given) or {n for n in table.header if n not in others})
     if not names or "" in names:
         raise UserError(
             f"{table.path}, line 1: needs a name for each label column (or name the "
@@ -173,10 +176,10 @@ def _from_lists(
         for names in found
         for name in names
     }
-    class_names = sorted(occur)
+    class_names = _sorted(occur)
     if data_config.classes:
         file = os.path.join(data_config.root, data_config.classes)
-        class_names = sorted(files.class_names_of(file))
+        class_names = _sorted(files.class_names_of(file))
         if other := sorted(occur.keys() - set(class_names)):
             path, number = occur[other[0]]
             raise UserError(
@@ -190,18 +193,27 @@ def _from_lists(
     column = {name: i for i, name in enumerate(class_names)}
     sources = {}
     for split, rows in lists.items():
+        table = tables[split]
+        at = _column(table, options.image, "data.table.image")
+        images = [cells[at].strip() for _, cells in table.rows]
+        first = {name: i for i, name in reversed(list(enumerate(images)))}
         labels = np.zeros((len(rows), len(class_names)), np.int8)
         objects = np.zeros(labels.shape, np.uint16)
-        for row, found in enumerate(rows):
-            # Positives last: they win over unknown.
+        # Positives last: they win over unknown.
+        for name, found in zip(images, rows, strict=True):
             for names in found[1:]:
-                labels[row, [column[name] for name in names]] = -1
-            for name in found[0]:
-                labels[row, column[name]] = 1
-                objects[row, column[name]] += 1
-        table = tables[split]
+                labels[first[name], [column[name] for name in names]] = -1
+        for name, found in zip(images, rows, strict=True):
+            for label in found[0]:
+                labels[first[name], column[label]] = 1
+                objects[first[name], column[label]] += 1
+        keep = sorted(first.values())
+        notes = []
+        if again := len(rows) - len(keep):
+            notes = [f"{again} lines name an image again: their labels are added to it"]
+        table = table._replace(rows=[table.rows[i] for i in keep])
         sources[split] = _source(
-            data_config, split, table, class_names, labels, objects
+            data_config, split, table, class_names, labels[keep], objects[keep], notes
         )
     return sources
 
@@ -211,16 +223,46 @@ def _names(path: str, number: int, cell: str, separator: str) -> list[str]:
     cell = cell.strip()
     if not cell.startswith("["):
         return [name.strip() for name in cell.split(separator) if name.strip()]
-    try:
-        found = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        found = None
-    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+    found = _listed(cell)
+    if found is None:
         raise UserError(
             f"{path}, line {number}: {files.quoted(cell)} is no list of labels, such "
             "as ['cat', 'dog']"
         )
     return [name.strip() for name in found if name.strip()]
+
+
+def _listed(text: str) -> list[str] | None:
+    """The texts and whole numbers of a list as Python or numpy write it, else None."""
+    marks, found = [], []
+    blank = (tokenize.NEWLINE, tokenize.NL, tokenize.ENDMARKER)
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in (tokenize.STRING, tokenize.NUMBER):
+                value = ast.literal_eval(token.string)
+                if type(value) not in (str, int):
+                    return None
+                found.append(str(value))
+            elif token.type == tokenize.OP:
+                marks.append(token.string)
+            elif token.type not in blank:
+                return None
+        if [*marks[:1], *marks[-1:]] != ["[", "]"] or set(marks[1:-1]) - {","}:
+            return None
+        # With commas there is one between any two: Python joins texts without one.
+        if marks[1:-1] and len(ast.literal_eval(text)) != len(found):
+            return None
+    except (ValueError, SyntaxError, tokenize.TokenError, MemoryError):
+        return None
+    return found
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """By value if all are whole numbers, else by name."""
+    names = list(names)
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def _source(
@@ -230,6 +272,7 @@ def _source(
     class_names: Sequence[str],
     labels: np.ndarray,
     objects: np.ndarray | None = None,
+    notes: Sequence[str] = (),
 ) -> Source:
     at = _column(table, data_config.table.image, "data.table.image")
     names = [cells[at].strip() for _, cells in table.rows]
@@ -251,4 +294,5 @@ def _source(
         missing=files.missing_policy(data_config),
         folder=folder,
         objects=objects,
+        notes=notes,
     )

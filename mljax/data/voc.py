@@ -145,11 +145,17 @@ def _source(
             labels[row, column[name]] = value
             only_difficult += 1
     notes = []
+    absent = [class_names[i] for i in np.flatnonzero((labels != 1).all(0))]
+    if len(absent) > len(CLASSES) // 2 and class_names == CLASSES:
+        notes.append(
+            f"the classes are VOC's 20, {len(absent)} of which are in no image: "
+            "data.classes names a list of your own"
+        )
     if only_difficult:
-        notes = [
+        notes.append(
             f"{only_difficult} labels rest on objects marked difficult only: "
             f"{data_config.difficult} (data.difficult)"
-        ]
+        )
     given = data_config[f"{split}_images"] or "JPEGImages"
     folder = os.path.join(data_config.root, given)
     images = files.find_images([folder])
