@@ -115,7 +115,7 @@ def test_errors_are_one_line(tmp_path, changes, message):
     importlib.util.find_spec("importlib_resources") is None,
     reason="TFDS needs importlib_resources to write a data set",
 )
-def test_a_prepared_data_set(tmp_path):
+def test_a_prepared_data_set(tmp_path, monkeypatch):
     images = np.stack([blocks(i) for i in range(5)])
     labels = [[0, 2], [1], [1, 1], [2], [0]]
 
@@ -153,6 +153,18 @@ def test_a_prepared_data_set(tmp_path):
     )
     np.testing.assert_array_equal(sources["val"].labels, [[1, 0, 0], [0, 0, 1]])
     np.testing.assert_array_equal(sources["val"].read(1), images[4])
+    # From where they are in the files, with nothing kept in memory.
+    monkeypatch.setattr(rooms, "_memory", lambda: 0)
+    config.train, config.val = "train[1:]+test[:1]", "test[1:]"
+    sources = rooms.load(config)
+    for index, image in enumerate(images[1:4]):
+        np.testing.assert_array_equal(sources["train"].read(index), image)
+    np.testing.assert_array_equal(sources["val"].read(0), images[4])
+    assert len(sources["val"]) == 1 and len(set(sources["train"].content())) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms.tfds_files, "parts", lambda *_: None)
+        with pytest.raises(UserError, match="mine: the images do not fit in a third"):
+            rooms.load(config)
     config.val = "validation"
     with pytest.raises(UserError, match="data.val='validation' is not one of its"):
         rooms.load(config)

@@ -81,19 +81,8 @@ def _source(
     )
 
     def encoded(index: tf.Tensor) -> tf.Tensor:
-        # TensorFlow has no operation that reads a part of a file, but a data set may
-        # begin at an offset: this one has a single element.
-        records = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[tf.gather(files, tf.gather(shard, index))],
-            compression_type="",
-            buffer_size=tf.gather(length, index) + RECORD_OVERHEAD,
-            byte_offsets=[tf.gather(start, index)],
-        )
-        kind: dict[str, Any] = {"output_types": [tf.string], "output_shapes": [[]]}
-        first = tf.raw_ops.TakeDataset(
-            input_dataset=records, count=tf.constant(1, tf.int64), **kind
-        )
-        record = tf.raw_ops.DatasetToSingleElement(dataset=first, **kind)[0]
+        file = tf.gather(files, tf.gather(shard, index))
+        record = read_record(file, tf.gather(start, index), tf.gather(length, index))
         features = {"image": tf.io.FixedLenFeature([], tf.string)}
         return tf.io.parse_single_example(record, features)["image"]
 
@@ -110,6 +99,23 @@ def _source(
     )
 
 
+def read_record(file: tf.Tensor, start: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+    """The record of a TFRecord file that begins at the byte `start` (all scalars)."""
+    # TensorFlow has no operation that reads a part of a file, but a data set may begin
+    # at an offset: this one has a single element.
+    records = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[file],
+        compression_type="",
+        buffer_size=length + RECORD_OVERHEAD,
+        byte_offsets=[start],
+    )
+    kind: dict[str, Any] = {"output_types": [tf.string], "output_shapes": [[]]}
+    first = tf.raw_ops.TakeDataset(
+        input_dataset=records, count=tf.constant(1, tf.int64), **kind
+    )
+    return tf.raw_ops.DatasetToSingleElement(dataset=first, **kind)[0]
+
+
 def read_json(root: str, name: str) -> Any:
     """The content of a JSON file; None where there is none. Raises UserError."""
     path = join(root, name)
@@ -119,7 +125,7 @@ def read_json(root: str, name: str) -> Any:
         with tf.io.gfile.GFile(path) as file:
             return json.loads(file.read())
     except (tf.errors.OpError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def join(root: str, name: str) -> str:
@@ -135,5 +141,5 @@ def unpack(names: np.ndarray) -> list[str]:
     return names.tobytes().decode("utf-8", "surrogateescape").split("\0")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -18,13 +18,15 @@ One called "label" or "labels" is taken, else the first that fits in this order;
 "labels_no_difficult" of VOC a class that shows only in objects marked difficult is
 unknown (-1), as in the VOC evaluation.
 
-A data set is read once from end to end at the start, and its encoded images are kept in
-memory: the files of TFDS give no access by index.
+A data set is read once from end to end at the start: for its labels, and for where each
+example lies in the files (TFRecord, what TFDS writes), so that image i is read when its
+turn comes. Of files of another format the encoded images are kept in memory.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from mljax.data import files
+from mljax.data import files, tfds_files
 from mljax.data.decode import decode
 from mljax.data.source import Source
 from mljax.errors import UserError
@@ -46,13 +48,15 @@ _STATES = {"positive": 1, "negative": 0, "uncertain": -1, "unmentioned": -1}
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     """The splits data.train and data.val of the builder data.tfds_name.
 
-    Never downloads. Raises UserError where the data set is not prepared, has no fitting
-    features or is too large for the memory.
+    Never downloads. Raises UserError where the data set is not prepared, is damaged,
+    has no fitting features or must be kept in the memory and is too large for it.
     """
     del seed
     builder = _builder(data_config.tfds_name, data_config.root)
+    room = _Room(_memory() * _MEMORY_SHARE)
     return {
-        split: _read_split(builder, data_config, split) for split in ("train", "val")
+        split: _read_split(builder, data_config, split, room)
+        for split in ("train", "val")
     }
 
 
@@ -65,8 +69,27 @@ def _builder(name: str, root: str) -> tfds.core.DatasetBuilder:
         raise UserError(f"data.tfds_name={name!r}: {_first_line(error)}") from None
 
 
+class _Room:
+    """Bytes of memory that encoded images may still take, of all splits together."""
+
+    def __init__(self, left: float):
+        self.left = left
+
+    def take(self, name: str, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise UserError(
+                f"{name}: the images do not fit in a third of the memory; prepare it "
+                "as TFRecord files (tfds build --file_format=tfrecord), which are "
+                "read by and by"
+            )
+
+
 def _read_split(
-    builder: tfds.core.DatasetBuilder, data_config: ConfigDict, split: str
+    builder: tfds.core.DatasetBuilder,
+    data_config: ConfigDict,
+    split: str,
+    room: _Room,
 ) -> Source:
     name, max_pixels = data_config.tfds_name, data_config.max_pixels
     image_key = _image_feature(name, builder.info.features)
@@ -79,17 +102,26 @@ def _read_split(
     names: list[str] = []
     rows: list[np.ndarray] = []
     counts: list[np.ndarray] = []
-    room = _memory() * _MEMORY_SHARE
+    places: list[tfds_files.Place] = []
     wanted = [k for k in (label_key, unknown_key, name_key) if k]
-    for example in _examples(builder, data_config, split, image_key, wanted):
+    parts = tfds_files.parts(builder, data_config[split])
+    if parts is None:
+        in_order = _examples(builder, data_config, split, image_key, wanted)
+        found: Iterable[tuple[dict[str, Any], tfds_files.Place | None]]
+        found = ((example, None) for example in in_order)
+    else:
+        features = builder.info.features
+        found = tfds_files.examples(parts, features, _partial(features, wanted))
+    for example, place in found:
         row = np.zeros(len(class_names), np.int8)
         if unknown_key:
             row[_known(example, unknown_key)] = -1
         if kind == _SEQUENCE:
-            found = _known(example, label_key)
-            row[found] = 1
+            present = _known(example, label_key)
+            row[present] = 1
             if "/" in label_key:  # a label stands once an object
-                counts.append(np.bincount(found, minlength=len(row)).astype(np.uint16))
+                each = np.bincount(present, minlength=len(row))
+                counts.append(each.astype(np.uint16))
         else:
             feature = builder.info.features[label_key]
             row[:] = _values(
@@ -99,28 +131,41 @@ def _read_split(
         names.append(
             example[name_key].decode() if name_key else f"{name} {split} {len(names)}"
         )
-        encoded.append(example[image_key])
-        room -= len(encoded[-1])
-        if room < 0:
-            raise UserError(
-                f"{name}: the images do not fit in a third of the memory; write them "
-                "to files with a list of annotations (data.name=annotations)"
-            )
+        if place is None:
+            encoded.append(example[image_key])
+            room.take(name, len(encoded[-1]))
+        else:
+            places.append(place)
     if not rows:
         raise UserError(f"{name}: data.{split}={data_config[split]!r} has no images")
 
     # Numbers stand for names that TFDS does not know; their order is the builder's.
     is_named = not all(n.isdigit() for n in class_names)
     order = np.argsort(class_names) if is_named else np.arange(len(class_names))
-    tensor = tf.constant(encoded)
+    if parts is None:
+        tensor = tf.constant(encoded)
+        del encoded
+
+        def read_encoded(index: tf.Tensor) -> tf.Tensor:
+            return tf.gather(tensor, index)
+    else:
+        read_encoded = tfds_files.Images([p.file for p in parts], places, image_key)
+
+    def content() -> list[bytes]:
+        def key(i: int) -> bytes:
+            return hashlib.sha256(read_encoded(tf.constant(i)).numpy()).digest()
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(key, range(len(names))))
+
     return Source(
         class_names=[class_names[i] for i in order],
         labels=np.stack(rows)[:, order],
         names=names,
-        read=lambda index: decode(tf.gather(tensor, index), max_pixels),
-        encoded=lambda index: tf.gather(tensor, index),
+        read=lambda index: decode(read_encoded(index), max_pixels),
+        encoded=read_encoded,
         split=split,
-        content=lambda: [hashlib.sha256(e).digest() for e in tensor.numpy()],
+        content=content,
         objects=np.stack(counts)[:, order] if counts else None,
     )
 
@@ -134,12 +179,10 @@ def _examples(
 ) -> Iterable[dict[str, Any]]:
     """The examples of a split: the wanted features and the image's encoded bytes."""
     name = data_config.tfds_name
-    features: dict[str, Any] = {image_key: True}
-    for key in wanted:
-        outer, _, inner = key.partition("/")
-        features |= {key: True} if key in builder.info.features else {outer: {inner}}
-    decoders = tfds.decode.PartialDecoding(
-        features, decoders={image_key: tfds.decode.SkipDecoding()}
+    decoders = _partial(
+        builder.info.features,
+        [image_key, *wanted],
+        decoders={image_key: tfds.decode.SkipDecoding()},
     )
     try:
         return tfds.as_numpy(
@@ -158,6 +201,17 @@ def _examples(
             f"{name}: data.{split}={data_config[split]!r} is not one of its splits "
             f"({_first_line(error)})"
         ) from None
+
+
+def _partial(
+    features: tfds.features.FeaturesDict, wanted: list[str], **options: Any
+) -> tfds.decode.PartialDecoding:
+    """Leaves out all features but the wanted ones ("objects/label": a part of one)."""
+    chosen: dict[str, Any] = {}
+    for key in wanted:
+        outer, _, inner = key.partition("/")
+        chosen |= {key: True} if key in features else {outer: {inner}}
+    return tfds.decode.PartialDecoding(chosen, **options)
 
 
 def _image_feature(name: str, features: tfds.features.FeaturesDict) -> str:
