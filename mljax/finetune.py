@@ -14,8 +14,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mljax.errors import UserError
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.functional import NETWORKS
-from mljax.models.layers import BatchNorm
 
 PyTree = Any
 

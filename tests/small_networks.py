@@ -15,8 +15,9 @@ from mljax.models import (
     build_model,
     import_torch,
 )
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.functional import split
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.layers import Conv
 
 
 class Small(nnx.Module):

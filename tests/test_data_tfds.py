@@ -1,5 +1,3 @@
-import importlib.util
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -111,10 +109,6 @@ def test_errors_are_one_line(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("importlib_resources") is None,
-    reason="TFDS needs importlib_resources to write a data set",
-)
 def test_a_prepared_data_set(tmp_path, monkeypatch):
     images = np.stack([blocks(i) for i in range(5)])
     labels = [[0, 2], [1], [1, 1], [2], [0]]
@@ -170,10 +164,6 @@ def test_a_prepared_data_set(tmp_path, monkeypatch):
         rooms.load(config)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("importlib_resources") is None,
-    reason="TFDS needs importlib_resources to write a data set",
-)
 def test_a_number_for_each_class(tmp_path):
     targets = np.array([[1, 0, -1], [0, 0, 1], [-1, 1, 0], [7, 0, 0]], np.int64)
 

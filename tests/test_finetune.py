@@ -12,9 +12,10 @@ from configs.common import get_config
 from mljax import finetune
 from mljax.errors import UserError
 from mljax.models import BACKBONES, Classifier, build_backbone, build_head, layers
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.blocks import Blocks
 from mljax.models.functional import functional, split
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.layers import Conv
 
 PARAMS = {
     "backbone": {

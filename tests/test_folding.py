@@ -16,10 +16,10 @@ from mljax.data import DATASETS
 from mljax.evaluate_workdir import evaluate_workdir
 from mljax.label_graph_data import LabelGraph
 from mljax.models import BACKBONES, build_backbone, folded
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.fixed import fixed
 from mljax.models.functional import as_function, split
 from mljax.models.label_graph import GraphHead
-from mljax.models.layers import BatchNorm
 from mljax.run import make_run
 
 POOLS = ("avg", "max", "avg+max")

@@ -15,11 +15,12 @@ from mljax import losses
 from mljax.checkpoint import Checkpoints
 from mljax.config import common
 from mljax.models import Classifier, build_head, import_torch, pretrained
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.functional import functional, merge, split
 from mljax.models.label_graph import (
     threshold,
 )
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.layers import Conv
 from mljax.optim import make_optimizer
 from mljax.step import create_state, make_train_step
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mljax.models import cpu, layers
+from mljax.models import batch_norm, cpu, layers
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_unknown_padding_is_an_error():
 def test_batch_norm_is_torchs(dtype):
     with jax.enable_x64(True):
         x = np.asarray(jnp.asarray(3 + 2 * normal(0, 4, 3, 5, 7), dtype), np.float64)
-        norm = layers.BatchNorm(7, eps=1e-3, momentum=0.2, dtype=dtype)
+        norm = batch_norm.BatchNorm(7, eps=1e-3, momentum=0.2, dtype=dtype)
         norm.weight[...] = jnp.asarray(1 + 0.1 * normal(1, 7), norm.weight[...].dtype)
         norm.bias[...] = jnp.asarray(normal(2, 7), norm.bias[...].dtype)
         weight, bias = np.asarray(norm.weight[...]), np.asarray(norm.bias[...])
@@ -187,7 +187,7 @@ def test_batch_norm_gradients_against_the_formula():
             normal(i, *shape).astype(np.float64)
             for i, shape in enumerate([(4, 3, 5, 7), (4, 3, 5, 7), (7,)])
         )
-        norm = layers.BatchNorm(7, dtype="float64")
+        norm = batch_norm.BatchNorm(7, dtype="float64")
         norm.weight[...] = jnp.asarray(weight)
         graph, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
 
@@ -207,12 +207,12 @@ def test_batch_norm_gradients_against_the_formula():
 
 def test_batch_norm_keeps_precision_far_from_zero():
     x = jnp.asarray(1000 + normal(0, 64, 8, 8, 4))
-    out = np.asarray(layers.BatchNorm(4)(x, train=True))
+    out = np.asarray(batch_norm.BatchNorm(4)(x, train=True))
     np.testing.assert_allclose(out.std((0, 1, 2)), 1, atol=1e-3)
 
 
 def test_batch_norm_of_one_value_a_channel_stays_finite():
-    norm = layers.BatchNorm(4)
+    norm = batch_norm.BatchNorm(4)
     assert np.isfinite(norm(jnp.ones((1, 1, 1, 4)), train=True)).all()
     assert np.isfinite(norm.running_var[...]).all()
 
@@ -284,10 +284,10 @@ def test_drawing_a_network_is_cheap(caplog):
 def test_batch_norm_of_groups_is_that_of_each_alone():
     x = np.random.default_rng(0).normal(size=(8, 3, 3, 5)).astype(np.float32)
     x[4:] += 2
-    both = layers.BatchNorm(5)
+    both = batch_norm.BatchNorm(5)
     both.groups = 2
     y = both(jnp.asarray(x), train=True)
-    alone = [layers.BatchNorm(5), layers.BatchNorm(5)]
+    alone = [batch_norm.BatchNorm(5), batch_norm.BatchNorm(5)]
     parts = [
         bn(jnp.asarray(x[4 * i : 4 * i + 4]), train=True) for i, bn in enumerate(alone)
     ]

@@ -16,8 +16,9 @@ from mljax import config as configs
 from mljax import losses, optim, sharding
 from mljax.errors import UserError
 from mljax.models import Classifier, build_head, build_model, import_torch
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.functional import functional, merge, split
-from mljax.models.layers import BatchNorm, Conv, Frozen
+from mljax.models.layers import Conv, Frozen
 from mljax.step import create_state, make_train_step
 
 CASES = [

@@ -14,8 +14,9 @@ from mljax.checkpoint import Checkpoints
 from mljax.errors import UserError
 from mljax.evaluate_workdir import evaluate_workdir
 from mljax.models import pretrained
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.blocks import Blocks
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.layers import Conv
 from mljax.run import make_run
 from mljax.terminal import Terminal
 

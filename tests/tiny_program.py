@@ -12,7 +12,8 @@ from flax import nnx
 
 from mljax import find_lr, main
 from mljax.models import BACKBONES
-from mljax.models.layers import BatchNorm, Conv
+from mljax.models.batch_norm import BatchNorm
+from mljax.models.layers import Conv
 
 
 class Tiny(nnx.Module):

@@ -109,7 +109,8 @@ def _contradictions(names: Sequence[str], labels: np.ndarray) -> list[str]:
     off = [
         name
         for row, name in enumerate(names)
-        if not np.array_equal(labels[first.setdefault(name, row)], labels[row])
+        if (before := first.setdefault(name, row)) != row
+        and not np.array_equal(labels[before], labels[row])
     ]
     if not off:
         return []

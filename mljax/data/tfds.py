@@ -80,8 +80,8 @@ class _Room:
         if self.left < 0:
             raise UserError(
                 f"{name}: the images do not fit in a third of the memory; prepare it "
-                "as TFRecord files (tfds build --file_format=tfrecord), which are "
-                "read by and by"
+                "as TFRecord files (tfds build --file_format=tfrecord), whose "
+                "images are read when they are needed"
             )
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import BatchNorm, Conv, DepthwiseConv
+from mljax.models.layers import Conv, DepthwiseConv
 
 EPS = 1e-3
 

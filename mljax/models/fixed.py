@@ -4,7 +4,8 @@ import jax
 from flax import nnx
 from jax import lax
 
-from mljax.models.layers import BatchNorm, Frozen
+from mljax.models.batch_norm import BatchNorm
+from mljax.models.layers import Frozen
 
 
 class Affine(nnx.Module):

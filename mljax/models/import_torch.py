@@ -14,7 +14,8 @@ from flax import nnx
 
 from mljax.errors import UserError
 from mljax.models import Classifier, paper_names
-from mljax.models.layers import BatchNorm, Linear
+from mljax.models.batch_norm import BatchNorm
+from mljax.models.layers import Linear
 from mljax.models.linear import LinearHead
 from mljax.models.torch_files import to_numpy
 

@@ -12,8 +12,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mljax.models import cpu
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import BatchNorm, Conv, constant
+from mljax.models.layers import Conv, constant
 
 EXPANSION = 4  # channels that leave a block over those inside it
 

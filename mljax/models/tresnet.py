@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 
 from mljax.errors import UserError
 from mljax.models import tresnet_abn
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import BatchNorm, Conv, constant
+from mljax.models.layers import Conv, constant
 
 EXPANSION = 4  # channels that leave a bottleneck over those inside it
 STEM_SLOPE, SLOPE = 1e-2, 1e-3  # leaky ReLU's, below zero
