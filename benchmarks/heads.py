@@ -3,11 +3,13 @@
 python benchmarks/heads.py --root PHOTOS --weights WEIGHTS.safetensors \
     --workdirs FOLDER [--heads linear gcn] [--seeds 0 1 2]
 
-Trains configs/corel5k.py:plain with each head and seed, one run after the other, each
-in a work directory FOLDER/HEAD-SEED. Killed and started again it goes on, and what is
-finished is not trained again. Then prints the table: the mean and each seed's mAP (of
-the best epoch), parameters (10^6), multiply-adds of an image (10^6), milliseconds for
-an image and for eight (medians), and the images/s of training, evaluation apart.
+Trains configs/corel5k.py (with --variant plain that variant of it) with each head and
+seed, one run after the other, each in a work directory FOLDER/HEAD-SEED. Killed and
+started again it goes on, and what is finished is not trained again. Then prints the
+table: the mean and each seed's mAP (of the best epoch), parameters (10^6),
+multiply-adds of an image (10^6), milliseconds for an image and for eight (medians, as
+the config predicts: with eval.flip each photo and its mirror image), and the images/s
+of training, evaluation apart.
 """
 
 import argparse
@@ -32,6 +34,7 @@ def arguments() -> argparse.Namespace:
     add("--workdirs", required=True, type=Path, help="a work directory each goes here")
     add("--heads", nargs="+", default=HEADS, choices=HEADS)
     add("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    add("--variant", default="", help="of configs/corel5k.py, such as plain")
     add("--set", nargs="*", default=(), help="more flags, as --config.ema.decay=0.9")
     return parser.parse_args()
 
@@ -42,7 +45,7 @@ def train(args: argparse.Namespace, head: str, seed: int) -> tuple[Path, float]:
     if (workdir / "metrics.json").exists():
         return workdir, 0.0
     flags = [
-        f"--config={ROOT / 'configs' / 'corel5k.py'}:plain",
+        f"--config={ROOT / 'configs' / 'corel5k.py'}:{args.variant}",
         f"--workdir={workdir}",
         f"--config.data.root={args.root}",
         f"--config.init_from={args.weights}",

@@ -11,10 +11,11 @@ image folders VG_100K/ and VG_100K_2/.
 
 No figure of this method (arXiv 2209.06585) is known for any variant, and the run
 says so. A variant is a backbone and a head: mobilenetv3_large_100, tf_efficientnetv2_s,
-tf_efficientnetv2_l or tresnet_v2_l with linear, gcn, gat or ml_decoder (without an
-argument: mobilenetv3_large_100,linear). WEIGHTS are
-mobilenetv3_large_100.miil_in21k, tf_efficientnetv2_s.in21k, tf_efficientnetv2_l.in21k,
-tresnet_v2_l.miil_in21k. `debug` is one epoch of small images.
+_m or _l, tresnet_l, tresnet_v2_l or resnet101 with linear, gcn, gat, ml_decoder,
+query2label or csra (without an argument: mobilenetv3_large_100,linear); with `asl` that
+loss, AdamW and no SAM. WEIGHTS are mobilenetv3_large_100.miil_in21k,
+tf_efficientnetv2_s.in21k (_m, _l), tresnet_l.miil_in1k, tresnet_v2_l.miil_in21k,
+resnet101.a1h_in1k. `debug` is one epoch of small images.
 
 The settings are those of the head on COCO (ML-Decoder, here with 100 queries for 5
 labels each) and VOC (graph), with RandAugment, Cutout and the flip.

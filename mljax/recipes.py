@@ -1,8 +1,13 @@
 """The published recipes (arXiv 2209.06585): what the configs of the data sets share.
 
 A variant is a list of words, such as `tf_efficientnetv2_s,ml_decoder,tfds`: a backbone,
-a head, an image size for which a figure is published, and where the images come from
-("original": the files as the makers of the data set publish them).
+a head, a loss (aam unless named), an image size for which a figure is published, and
+where the images come from ("original": the files as the makers of the data set publish
+them).
+
+asl is what the paper compares itself with, a linear head or ML-Decoder trained as in
+the code that goes with arXiv 2111.12933 (ML-Decoder; that of 2009.14119, ASL, is the
+same but for the batch and the length).
 """
 
 from collections.abc import Mapping
@@ -15,8 +20,11 @@ from mljax.config import common
 BACKBONES = (
     "mobilenetv3_large_100",
     "tf_efficientnetv2_s",
+    "tf_efficientnetv2_m",
     "tf_efficientnetv2_l",
+    "tresnet_l",
     "tresnet_v2_l",
+    "resnet101",
 )
 _SIZE = 448  # pixels, unless a figure is published for another size
 
@@ -39,6 +47,8 @@ HEADS = {
     "gcn": _GRAPH,
     "gat": _GRAPH,
     "ml_decoder": _ML_DECODER,
+    "query2label": _ML_DECODER,  # not published with aam: the other transformer
+    "csra": _GRAPH,  # not published with aam: a linear classifier
 }
 
 
@@ -50,6 +60,31 @@ class Tfds(NamedTuple):
     val: str
 
 
+def _aam(config: ConfigDict) -> None:
+    settings = HEADS[config.model.head]
+    config.optim.lr = settings.lr
+    config.loss.aam.scale = settings.scale
+    config.ema.decay = settings.ema_decay
+
+
+def _asl(config: ConfigDict) -> None:
+    config.epochs = 40
+    config.batch_size = 56
+    # They add the decay to the gradient (Adam); here it is decoupled from it.
+    config.optim.name = "adamw"
+    config.optim.lr = 1e-4
+    config.optim.weight_decay = 1e-4
+    config.optim.b2 = 0.999
+    config.optim.bias_lr_factor = 1.0
+    config.optim.div_factor = 25.0
+    config.optim.final_div_factor = 1e4
+    config.ema.decay = 0.9997
+    config.sam.rho = 0.0
+
+
+LOSSES = {"aam": _aam, "asl": _asl}
+
+
 def recipe(
     arg: str,
     published: Mapping[str, float],
@@ -57,13 +92,13 @@ def recipe(
     original: Mapping[str, Any] | None = None,
     other_split: bool = False,
 ) -> ConfigDict:
-    """The config of the variant `arg`; the head decides lr, scale and EMA decay.
+    """The config of the variant `arg`; loss and head decide the training strategy.
 
     Args:
-        arg: words between commas, in any order: a backbone and a head (default: the
-            first of each), a size that `published` has, "tfds", "debug".
-        published: mAP in percent by variant ("tresnet_v2_l,ml_decoder", with ",640"
-            where the size is not 448).
+        arg: words between commas, in any order: a backbone, a head and a loss (default:
+            the first of each), a size that `published` has, "tfds", "debug".
+        published: mAP in percent by variant ("tresnet_v2_l,ml_decoder", with ",asl"
+            where the loss is not aam and ",640" where the size is not 448).
         tfds: what "tfds" reads.
         original: what "original" changes in `config.data`.
         other_split: "original" has other images than those of the figures.
@@ -71,11 +106,12 @@ def recipe(
     Raises:
         ValueError: a word is unknown or excludes one before it; names the choices.
     """
-    sizes = sorted({k.split(",")[2] for k in published if k.count(",") == 2})
+    words = {word for variant in published for word in variant.split(",")}
     choices: dict[str, list[str]] = {
         "backbone": list(BACKBONES),
         "head": list(HEADS),
-        "size": sizes,
+        "loss": list(LOSSES),
+        "size": sorted(word for word in words if word.isdigit()),
         "source": ["tfds"] * bool(tfds) + ["original"] * bool(original),
         "length": ["debug"],
     }
@@ -97,13 +133,12 @@ def recipe(
     config.data.cutout = 0.5
     config.model.backbone = chosen.get("backbone", BACKBONES[0])
     config.model.head = chosen.get("head", next(iter(HEADS)))
-    settings = HEADS[config.model.head]
-    config.optim.lr = settings.lr
-    config.loss.aam.scale = settings.scale
-    config.ema.decay = settings.ema_decay
-    size = [chosen["size"]] if "size" in chosen else []
-    variant = ",".join([config.model.backbone, config.model.head, *size])
-    config.published_mAP = published.get(variant, -1.0)
+    config.loss.name = chosen.get("loss", next(iter(LOSSES)))
+    LOSSES[config.loss.name](config)
+    variant = [config.model.backbone, config.model.head]
+    variant += [config.loss.name] if config.loss.name != "aam" else []
+    variant += [chosen["size"]] if "size" in chosen else []
+    config.published_mAP = published.get(",".join(variant), -1.0)
     if original and chosen.get("source") == "original":
         config.data.update(original)
         if other_split:

@@ -39,9 +39,9 @@ def published(name: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("name", "count", "words"),
     [
-        ("coco", 4, ["640", "tfds", "original"]),
-        ("voc", 3, ["tfds", "original"]),
-        ("nuswide", 1, ["original"]),
+        ("coco", 6, ["640", "tfds", "original"]),
+        ("voc", 4, ["tfds", "original"]),
+        ("nuswide", 2, ["original"]),
         ("vg500", 0, ["original"]),
     ],
 )
@@ -54,10 +54,12 @@ def test_published_recipes(name, count, words):
     for variant, figure in known.items():
         config = configs.load(path, variant)
         assert config.published_mAP == figure
-        backbone, head, *size = variant.split(",")
+        backbone, head, *rest = variant.split(",")
         assert (config.model.backbone, config.model.head) == (backbone, head)
-        assert config.data.image_size == int(size[0] if size else 448)
-        assert (config.batch_size, config.epochs) == (84, 60)
+        assert config.data.image_size == (640 if "640" in rest else 448)
+        assert config.loss.name == ("asl" if "asl" in rest else "aam")
+        length = (56, 40) if "asl" in rest else (84, 60)
+        assert (config.batch_size, config.epochs) == length
         assert configs.load(path, f"{variant},debug").published_mAP == 0
     for backbone in recipes.BACKBONES:
         for head in recipes.HEADS:
@@ -66,7 +68,7 @@ def test_published_recipes(name, count, words):
             assert config.published_mAP == figure
     with pytest.raises(UserError) as error:
         configs.load(path, "tresnet_v3")
-    choices = [*recipes.BACKBONES, *recipes.HEADS, *words, "debug"]
+    choices = [*recipes.BACKBONES, *recipes.HEADS, *recipes.LOSSES, *words, "debug"]
     assert str(error.value).endswith(f"known: {', '.join(choices)}")
 
 
@@ -77,6 +79,11 @@ def test_what_a_head_changes():
         found[head] = c.optim.lr, c.loss.aam.scale, c.ema.decay
     assert found["gcn"] == found["gat"] == found["linear"] == (0.005, 17.0, 0.9993)
     assert found["ml_decoder"] == (0.007, 23.0, 0.9997)
+    for name in ("coco", "voc", "nuswide", "vg500"):
+        c = configs.load(f"configs/{name}.py", "asl,ml_decoder,debug")
+        assert (c.optim.name, c.optim.lr, c.sam.rho) == ("adamw", 1e-4, 0)
+        c.data.root = "somewhere"
+        configs.validate(c)
     assert set(recipes.BACKBONES) <= models.BACKBONES.keys()
     assert recipes.HEADS.keys() <= models.HEADS.keys()
 
