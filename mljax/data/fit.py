@@ -132,13 +132,25 @@ def _fitted(
         other = size[::-1]
         kept = (size * goal[::-1] + other // 2) // other
         goal = tf.clip_by_value(kept, 1, goal)
-    method = "area" if data_config.resize == "area" else "bilinear"
+
+    def plain(method: str = "bilinear") -> tf.Tensor:
+        # From float32 these kernels are twice as fast as from uint8; the one that
+        # antialiases is a little slower.
+        return tf.image.resize(tf.cast(image, tf.float32), goal, method)
 
     def resize() -> tf.Tensor:
-        # From float32 TensorFlow's bilinear kernel is twice as fast as from uint8.
-        resized = tf.image.resize(
-            tf.cast(image, tf.float32), goal, method, antialias=data_config.antialias
-        )
+        if data_config.resize == "area":
+            resized = plain("area")
+        elif data_config.antialias:
+            # Where no side shrinks there is nothing to average, and the plain kernel
+            # gives the same in a quarter of the time.
+            resized = tf.cond(
+                tf.reduce_all(goal >= size),
+                plain,
+                lambda: tf.image.resize(image, goal, antialias=True),
+            )
+        else:
+            resized = plain()
         # Means of values of 0 to 255: nothing is to be cut off, which would cost as
         # much as decoding a small picture.
         return tf.cast(tf.round(resized), tf.uint8)
