@@ -15,13 +15,13 @@ of training, evaluation apart.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import photo_runs
+
+sys.path.insert(0, str(photo_runs.ROOT))
 
 HEADS = ("linear", "gcn", "gat", "ml_decoder", "query2label", "csra")
 
@@ -29,43 +29,10 @@ HEADS = ("linear", "gcn", "gat", "ml_decoder", "query2label", "csra")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--root", required=True, help="folder with train.json and val.json")
-    add("--weights", required=True, help="timm's tf_mobilenetv3_large_minimal_100")
-    add("--workdirs", required=True, type=Path, help="a work directory each goes here")
+    photo_runs.add_arguments(parser)
     add("--heads", nargs="+", default=HEADS, choices=HEADS)
-    add("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    add("--variant", default="", help="of configs/corel5k.py, such as plain")
     add("--set", nargs="*", default=(), help="more flags, as --config.ema.decay=0.9")
     return parser.parse_args()
-
-
-def train(args: argparse.Namespace, head: str, seed: int) -> tuple[Path, float]:
-    """(work directory, images/s of training; 0 where it was finished before)."""
-    workdir = args.workdirs / f"{head}-{seed}"
-    if (workdir / "metrics.json").exists():
-        return workdir, 0.0
-    flags = [
-        f"--config={ROOT / 'configs' / 'corel5k.py'}:{args.variant}",
-        f"--workdir={workdir}",
-        f"--config.data.root={args.root}",
-        f"--config.init_from={args.weights}",
-        f"--config.model.head={head}",
-        f"--config.seed={seed}",
-        *args.set,
-    ]
-    command = [sys.executable, "-m", "mljax.main", *flags]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        rates = []
-        for line in process.stdout:
-            print(f"{head} {seed}: {line}", end="", flush=True)
-            if line.startswith("step ") and " images/s" in line:
-                rates.append(float(line.split(" images/s")[0].split()[-1]))
-    if process.returncode:
-        raise SystemExit(f"{head}, seed {seed}: training failed; its message is above")
-    return workdir, statistics.median(rates) if rates else 0.0
 
 
 def latency(workdir: Path) -> tuple[float, float]:
@@ -94,13 +61,12 @@ def main() -> None:
     args = arguments()
     rows = []
     for head in args.heads:
-        runs = [train(args, head, seed) for seed in args.seeds]
-        scores = [
-            json.loads((workdir / "metrics.json").read_text())["best"]["mAP"]
-            for workdir, _ in runs
+        flags = [f"--config.model.head={head}", *args.set]
+        runs = [
+            photo_runs.train(args, f"{head}-{seed}", seed, flags) for seed in args.seeds
         ]
-        rates = [rate for _, rate in runs if rate]
-        rows.append((head, scores, runs[0][0], rates))
+        rates = [run.rate for run in runs if run.rate]
+        rows.append((head, [run.score for run in runs], runs[0].workdir, rates))
     print(f"\n{'head':<12} {'mAP':>6}  {'seeds':<20} images/s")
     for head, scores, _, rates in rows:
         each = " ".join(f"{100 * s:.2f}" for s in scores)
