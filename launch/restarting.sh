@@ -19,10 +19,14 @@ for ((restart = 0; ; restart++)); do
     "$@" &
     running=$!
     while wait "$running"; code=$?; kill -0 "$running" 2>/dev/null; do :; done
+    running=
     case "$code" in 0 | 1 | 2 | 130) exit "$code" ;; esac
     if [ -n "$asked" ] || [ "$restart" -ge "${RESTARTS:-100}" ]; then
         exit "$code"
     fi
     echo "restarting: exit code $code, start $((restart + 2))" >&2
-    sleep "${PAUSE:-5}"
+    sleep "${PAUSE:-5}" &
+    running=$!
+    wait "$running"
+    [ -z "$asked" ] || exit "$code"
 done

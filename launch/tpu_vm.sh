@@ -9,7 +9,7 @@ usage: bash $0 [--dry-run] COMMAND NAME [OPTIONS] [-- ARGS...]
   run    NAME -- ARGS...      copies this clone to all hosts, installs it, starts
                               python -m mljax.main ARGS... on each, restarts it if a host dies
   logs   NAME [--worker 0]    shows the output of a host as it comes
-  stop   NAME                 all hosts save and end
+  stop   NAME                 all hosts save and end; returns when they have
   delete NAME
 ZONE, PROJECT: of Google Cloud, in the environment (default: those of gcloud).
 --dry-run prints the commands of gcloud instead of running them.
@@ -55,6 +55,13 @@ tpu() { # VERB ARGS...: gcloud's command for this TPU VM
     fi
 }
 
+tracked() { # the files of the clone that git knows and that are there
+    local file
+    git ls-files -z | while IFS= read -r -d '' file; do
+        [ ! -e "$file" ] || printf '%s\0' "$file"
+    done
+}
+
 # The runtime that Google names for a generation of TPUs.
 runtime() {
     case "$1" in
@@ -76,26 +83,22 @@ case "$command" in
         cd "$(dirname "${BASH_SOURCE[0]}")/.."
         archive=${TMPDIR:-/tmp}/mljax-$name.tar.gz
         # Tracked files as they are now, changes that are not committed included.
-        [ -n "$dry" ] || git ls-files -z | tar --null --files-from=- -czf "$archive"
+        [ -n "$dry" ] || tracked | tar --null --files-from=- -czf "$archive"
         # shellcheck disable=SC2088 # the ~ is that of the TPU VM
         tpu scp "$archive" "$name:~/mljax.tar.gz" --worker=all
-        install='rm -rf mljax-new && mkdir mljax-new && tar -xzf mljax.tar.gz -C mljax-new'
+        # shellcheck disable=SC2016 # $(...) is for the TPU VM
+        install='if grep -qs restarting.sh "/proc/$(cat mljax.pid 2>/dev/null)/cmdline"; then'
+        install+=" echo 'error: a run goes on here; stop it first' >&2; exit 1; fi"
+        install+=' && rm -rf mljax-new && mkdir mljax-new && tar -xzf mljax.tar.gz -C mljax-new'
         install+=' && { [ ! -d mljax/.venv ] || mv mljax/.venv mljax-new/; }'
-        install+=' && rm -rf mljax && mv mljax-new mljax && cd mljax'
-        install+=' && { [ -x .venv/bin/python ] || python3 -m venv .venv; }'
-        install+=' && .venv/bin/pip install --quiet --editable ".[tpu]"'
+        install+=' && rm -rf mljax && mv mljax-new mljax && bash mljax/launch/tpu_host.sh install'
         tpu ssh "$name" --worker=all "--command=$install"
-        start='cd mljax && { setsid nohup bash launch/restarting.sh .venv/bin/python -m mljax.main'
+        start='bash mljax/launch/tpu_host.sh start'
         start+=$(printf ' %q' "$@")
-        start+=' </dev/null >>../mljax.log 2>&1 & echo $! >../mljax.pid; }'
         tpu ssh "$name" --worker=all "--command=$start"
         ;;
     logs) tpu ssh "$name" "--worker=$worker" "--command=tail -n 100 -F mljax.log" ;;
-    stop)
-        # The loop around the run gets it, and passes it on.
-        # shellcheck disable=SC2016 # $(...) is for the TPU VM
-        tpu ssh "$name" --worker=all '--command=kill -TERM $(cat mljax.pid)'
-        ;;
+    stop) tpu ssh "$name" --worker=all '--command=bash mljax/launch/tpu_host.sh stop' ;;
     delete) tpu delete "$name" --quiet ;;
     *) echo "error: unknown command $command" >&2 && usage ;;
 esac

@@ -61,14 +61,15 @@ def test_tpu_vm_prints_its_commands():
     )
     copy, install, start = tpu("run", "slice", "--", "--workdir", "/mnt/my runs")
     assert copy.startswith("gcloud compute tpus tpu-vm scp ") and "--worker=all" in copy
-    assert "pip" in install and "--worker=all" in install
+    assert "tpu_host.sh install" in install.replace("\\", "")
+    assert "--worker=all" in install
     # What the shell of a host will read has the argument in one piece.
     sent = bash("-c", f"printf '%s\n' {start}").stdout
-    assert r"-m mljax.main --workdir /mnt/my\ runs" in sent
+    assert r"tpu_host.sh start --workdir /mnt/my\ runs" in sent
     (logs,) = tpu("logs", "slice", "--worker", "3")
     assert "--worker=3" in logs and "mljax.log" in logs
     (stop,) = tpu("stop", "slice")
-    assert "kill" in stop and "TERM" in stop and "--worker=all" in stop
+    assert "stop" in stop and "--worker=all" in stop
     (delete,) = tpu("delete", "slice", PROJECT="mine")
     assert delete.split()[4:] == ["delete", "slice", "--quiet", "--project=mine"]
 
@@ -87,6 +88,73 @@ def test_tpu_vm_prints_its_commands():
 def test_tpu_vm_explains_itself(wrong):
     done = bash(LAUNCH / "tpu_vm.sh", "--dry-run", *wrong)
     assert done.returncode == 2 and "usage: " in done.stderr and not done.stdout
+
+
+PROGRAM = """#!/bin/bash
+trap 'sleep 0.3; echo saved; exit 75' TERM
+echo "started $*"
+while :; do sleep 0.05; done
+"""
+
+
+def executable(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def host(tmp_path):
+    """The home of a TPU's host, as `tpu_vm.sh run` leaves it."""
+    shutil.copytree(LAUNCH, tmp_path / "mljax/launch")
+    yield tmp_path
+    bash(tmp_path / "mljax/launch/tpu_host.sh", "stop")
+
+
+def test_a_tpu_host_runs_one_at_a_time(host):
+    script, log = host / "mljax/launch/tpu_host.sh", host / "mljax.log"
+    executable(host / "mljax/.venv/bin/python", PROGRAM)
+    assert bash(script, "stop").returncode == 0  # there is none
+    assert bash(script, "start", "--workdir", "a b").returncode == 0
+    while not log.exists() or "started" not in log.read_text():
+        time.sleep(0.02)
+    assert log.read_text() == "started -m mljax.main --workdir a b\n"
+    # What `run` does first on every host: nothing, for there is one.
+    _, install, _ = tpu("run", "slice", "--", "--workdir", "other")
+    sent = bash("-c", f"printf '%s\n' {install}").stdout.splitlines()[-1]
+    refused = bash("-c", f"cd {host} && {sent.removeprefix('--command=')}")
+    assert refused.returncode == 1 and "stop it first" in refused.stderr
+    assert bash(script, "stop").returncode == 0
+    assert log.read_text().endswith("saved\n")  # it returned when that was done
+
+
+def test_a_tpu_host_with_an_old_python(host):
+    for tool in ("bash", "dirname", "hostname", "rm", "mkdir", "touch", "chmod"):
+        (host / "bin").mkdir(exist_ok=True)
+        (host / "bin" / tool).symlink_to(shutil.which(tool))
+    log = host / "calls"
+    executable(
+        host / "bin/python3",
+        f"""#!{shutil.which("bash")}
+echo "$*" >>{log}
+case "$2" in
+    uv) mkdir -p .venv/bin && touch .venv/bin/pip && chmod +x .venv/bin/pip ;;
+    pip) ;;
+    *) exit 1 ;;
+esac
+""",
+    )
+    (host / "mljax/.venv/bin").mkdir(parents=True)  # half of an installation
+    (host / "mljax/.venv/bin/python").touch()
+    script = host / "mljax/launch/tpu_host.sh"
+    done = bash(script, "install", PATH=host / "bin")
+    assert done.returncode == 0, done.stderr
+    calls = log.read_text().splitlines()
+    assert calls[1:] == [
+        "-m pip install --quiet --user uv",
+        "-m uv venv --quiet --seed --python 3.12 .venv",
+    ]
+    assert not (host / "mljax/.venv/bin/python").exists()
 
 
 def fakes(folder: Path, code: int) -> dict[str, str]:
@@ -108,12 +176,20 @@ def test_slurm_queues_again_what_may_go_on(tmp_path, code, restarts, again):
         LAUNCH / "slurm.sbatch",
         "--workdir=a b",
         **environment,
+        SLURM_CPUS_PER_TASK=3,
         SLURM_RESTART_COUNT=restarts,
     )
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0].endswith("-m mljax.main --workdir=a b")
+    # One that fails must not have Slurm kill the others: their signal would count.
+    assert "--kill-on-bad-exit=0" in calls[0] and "--cpus-per-task=3" in calls[0]
     assert calls[1:] == (["scontrol requeue 7"] if again else [])
     assert done.returncode == (0 if again else code)
+
+
+def test_slurm_need_not_queue_again(tmp_path):
+    done = bash(LAUNCH / "slurm.sbatch", **fakes(tmp_path, 137), RESTARTS=0)
+    assert done.returncode == 137 and "unbound" not in done.stderr
 
 
 def test_restarting_stops_at_mistakes_and_success(tmp_path):
@@ -129,6 +205,20 @@ def test_restarting_stops_at_mistakes_and_success(tmp_path):
     script = f"echo >>{count}; exit 137"
     done = bash(LAUNCH / "restarting.sh", "bash", "-c", script, PAUSE=0, RESTARTS=2)
     assert done.returncode == 137 and len(count.read_text()) == 3
+
+
+def test_restarting_is_stopped_while_it_waits(tmp_path):
+    count = tmp_path / "count"
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "restarting.sh", "bash", "-c", f"echo >>{count}; exit 137"],
+        env=os.environ | {"PAUSE": "30"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "restarting" in process.stderr.readline()  # which it says before the pause
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 137 and len(count.read_text()) == 1
 
 
 def test_restarting_passes_sigterm_on(tmp_path):
