@@ -186,7 +186,7 @@ def _reduce(
     by = reduction(width, height) if is_turned else reduction(height, width)
     if by > 1:
         # PIL takes the largest reduction that leaves this size.
-        image.draft(image.mode, (width // by, height // by))
+        image.draft(image.mode, (max(width // by, 1), max(height // by, 1)))
 
 
 def _reduction(
@@ -244,7 +244,17 @@ def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(image).astype(np.int64) >> 8
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, 2)
+    if image.format == "GIF" and not getattr(image, "tell", int)():
+        return _first_frame(image)
     return np.asarray(image.convert("RGB"))
+
+
+def _first_frame(image: Image.Image) -> np.ndarray:
+    """What a GIF shows first, on black, without the canvas around it: as TensorFlow."""
+    box = image.tile[0][1] if image.tile else (0, 0, *image.size)
+    frame = image.convert("RGBA")
+    black = Image.new("RGBA", frame.size, (0, 0, 0, 255))
+    return np.asarray(Image.alpha_composite(black, frame).crop(box).convert("RGB"))
 
 
 def resize(

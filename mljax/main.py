@@ -27,9 +27,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
     group = parser.add_argument_group(
         "several processes",
-        "Found without flags on TPU pods, under Slurm and Open MPI, and in indexed "
-        "Kubernetes jobs; elsewhere give the first three, or JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID. See launch/README.md.",
+        "Found without flags on TPU pods and under Slurm and Open MPI; elsewhere give "
+        "the first three, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID. See launch/README.md.",
     )
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where process 0 listens"

@@ -8,6 +8,7 @@ import tensorflow as tf
 from data_trees import blocks, encode
 from PIL import Image, ImageOps
 
+from mljax import images
 from mljax.data import decode
 
 LIMIT = 10**6
@@ -64,6 +65,28 @@ def test_agrees_with_pil(name):
     np.testing.assert_array_equal(decoded(FILES[name]), by_pil(FILES[name]))
 
 
+def gif(transparent: bool, canvas: tuple[int, int]) -> bytes:
+    """A green square on white in the first frame, on a canvas of (width, height)."""
+    pixels = np.zeros((20, 20), np.uint8)
+    pixels[5:15, 5:15] = 1
+    image = Image.fromarray(pixels, "P")
+    image.putpalette([255, 255, 255, 10, 200, 30] + [0] * 762)
+    data = bytearray(
+        encode(image, "GIF", **({"transparency": 0} if transparent else {}))
+    )
+    data[6:10] = struct.pack("<HH", *canvas)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("canvas", [(20, 20), (40, 30)])
+@pytest.mark.parametrize("transparent", [True, False])
+def test_a_gif_is_the_same_in_training_and_prediction(transparent, canvas):
+    data = gif(transparent, canvas)
+    pixels = decoded(data).numpy()
+    assert pixels[0, 0].tolist() == [0 if transparent else 255] * 3
+    np.testing.assert_array_equal(images.read(data, LIMIT), pixels)
+
+
 def test_16_bits_keep_the_upper_8():
     values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
     image = decoded(encode(values, "PNG"))
@@ -98,6 +121,10 @@ def test_exif_behind_other_segments():
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     assert decode.exif_orientation(plain) == 1
     assert decode.exif_orientation(plain[:end] + segment + plain[end:]) == 6
+    # A long segment with bytes in it that look like the beginning of a frame header.
+    other = b"\0\x0b\x08".ljust(3000, b"x")
+    other = b"\xff\xed" + struct.pack(">H", len(other) + 2) + other
+    assert decode.exif_orientation(plain[:at] + other + segment + plain[at:]) == 6
 
 
 def test_damaged_exif_counts_as_upright():

@@ -70,6 +70,17 @@ def test_prediction_prepares_pictures_as_evaluation_does(folder, how, resize, sc
         assert difference.max() <= 3 and difference.mean() < 0.5, name
 
 
+def test_a_thin_picture_is_read(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(encode(smooth(600, 3)))
+    write_json(tmp_path / "train.json", ["a"], [["0.jpg", ["a"]]])
+    config = data_config(tmp_path, image_size=64, fit="letterbox", scaled_decode=1.0)
+    source, (found,) = evaluated(tmp_path, config)
+    expected = images.load(source.names[0], config)
+    # One column, between bars.
+    for pixels in (found, expected):
+        assert (pixels == images.GREY).all(2).sum() == 63 * 64
+
+
 def test_letterbox_shows_all_and_crop_the_middle(folder):
     pixels = np.zeros((100, 300, 3), np.uint8)
     pixels[:, 100:200] = 255

@@ -64,6 +64,39 @@ def test_voc_classes_and_difficult_objects(tmp_path, monkeypatch):
         assert {c: v for c, v in present.items() if v} == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "about"),
+    [
+        (
+            "open_images_v4",
+            {
+                "objects": {
+                    "label": np.array([2, 0, 3, 0, 3]),
+                    "confidence": np.array([10, 0, 7, 0, 0]),
+                }
+            },
+        ),
+        (
+            "lvis",
+            {
+                "objects": {"label": np.array([2, 3])},
+                "neg_category_ids": np.array([0]),
+            },
+        ),
+    ],
+)
+def test_what_was_looked_for_and_is_not_there(tmp_path, monkeypatch, name, about):
+    features = tfds.builder(name, try_gcs=False).info.features
+    example = {"image": b"", "image/filename": b"1.jpg", **about}
+    monkeypatch.setattr(rooms, "_examples", lambda *_: [example])
+    source = rooms.load(config_of(tmp_path, name, val="train"))["train"]
+    names = features["objects"].feature["label"].names
+    row = source.labels[0][[source.class_names.index(n) for n in names]]
+    assert row[[0, 2, 3]].tolist() == [0, 1, 1]
+    assert (np.delete(row, [0, 2, 3]) == -1).all()
+    assert source.objects.sum() == 2
+
+
 def test_a_state_for_each_class(tmp_path):
     """chexpert: uncertain, positive, negative, unmentioned, and no class names."""
     states = np.array([[1, 2, 0], [3, 1, 1], [2, -1, 2]], np.int64)

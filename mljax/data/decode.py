@@ -73,9 +73,10 @@ def exif_orientation(data: tf.Tensor) -> tf.Tensor:
     4.6.4), in the first segment that holds Exif data.
     """
     # A look at the text first: most files say nothing, and the search is slow. Most
-    # also have their frame header near the start (length 11, 17 or 20, 8 bits), and
-    # Exif comes before that.
-    exif, frame = r"\C*Exif\x00\x00\C*", r"\C*\x00[\x0b\x11\x14]\x08\C*"
+    # also have their frame header near the start (length, 8 bits, height and width,
+    # 1, 3 or 4 channels), and Exif comes before that.
+    channels = r"(\x0b\x08\C{4}\x01|\x11\x08\C{4}\x03|\x14\x08\C{4}\x04)"
+    exif, frame = r"\C*Exif\x00\x00\C*", rf"\C*\x00{channels}\C*"
     start = _text(data, 0, 2**11)
     has_exif = tf.strings.regex_full_match(start, exif) | tf.cond(
         tf.strings.regex_full_match(start, frame),

@@ -16,7 +16,9 @@ TFDS writes them ("train+validation", "test[:50%]"). Of the features, labels can
 One called "label" or "labels" is taken, else the first that fits in this order;
 `data.tfds_labels` names another. With
 "labels_no_difficult" of VOC a class that shows only in objects marked difficult is
-unknown (-1), as in the VOC evaluation.
+unknown (-1), as in the VOC evaluation. In open_images_v4 ("objects/confidence" 0) and
+lvis ("neg_category_ids") the data say what was looked for and is not there; all other
+labels that an image does not have are unknown.
 
 A data set is read once from end to end at the start: for its labels, and for where each
 example lies in the files (TFRecord, what TFDS writes), so that image i is read when its
@@ -95,6 +97,7 @@ def _read_split(
     image_key = _image_feature(name, builder.info.features)
     label_key, kind, class_names = _label_feature(data_config, builder.info.features)
     unknown_key = "labels" if label_key == "labels_no_difficult" else None
+    sure_key, absent_key = _looked_for(builder.info.features, label_key, kind)
     keys = [k for k in builder.info.features if k.endswith("filename")]
     name_key = keys[0] if keys else None
 
@@ -103,7 +106,7 @@ def _read_split(
     rows: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     places: list[tfds_files.Place] = []
-    wanted = [k for k in (label_key, unknown_key, name_key) if k]
+    wanted = [k for k in (label_key, unknown_key, sure_key, absent_key, name_key) if k]
     parts = tfds_files.parts(builder, data_config[split])
     if parts is None:
         in_order = _examples(builder, data_config, split, image_key, wanted)
@@ -118,6 +121,14 @@ def _read_split(
             row[_known(example, unknown_key)] = -1
         if kind == _SEQUENCE:
             present = _known(example, label_key)
+            if sure_key:
+                is_there = _known(example, sure_key) > 0
+                row[:] = -1
+                row[present[~is_there]] = 0
+                present = present[is_there]
+            elif absent_key:
+                row[:] = -1
+                row[_known(example, absent_key)] = 0
             row[present] = 1
             if "/" in label_key:  # a label stands once an object
                 each = np.bincount(present, minlength=len(row))
@@ -210,7 +221,10 @@ def _partial(
     chosen: dict[str, Any] = {}
     for key in wanted:
         outer, _, inner = key.partition("/")
-        chosen |= {key: True} if key in features else {outer: {inner}}
+        if key in features:
+            chosen[key] = True
+        else:
+            chosen.setdefault(outer, set()).add(inner)
     return tfds.decode.PartialDecoding(chosen, **options)
 
 
@@ -289,6 +303,25 @@ def _label_features(
             if count and (is_whole or feature.np_dtype == np.bool_):
                 tensors[key] = _TENSOR, [str(i) for i in range(count)]
     return found | in_objects | groups | tensors
+
+
+def _looked_for(
+    features: tfds.features.FeaturesDict, key: str, kind: str
+) -> tuple[str | None, str | None]:
+    """The features beside labels of objects that say what is not there, if any.
+
+    Returns:
+        how sure each object is, 0 where its label was looked for and is not there
+        (open_images_v4); the labels that were looked for and are not there (lvis).
+    """
+    outer, _, inner = key.partition("/")
+    if kind != _SEQUENCE or not inner:
+        return None, None
+    is_sure = "confidence" in features[outer].feature
+    absent = "neg_category_ids"
+    return f"{outer}/confidence" if is_sure else None, (
+        absent if absent in features else None
+    )
 
 
 def _values(
