@@ -181,7 +181,14 @@ def get_config(arg: str = "") -> ConfigDict:
     loss.class_weights = ""  # JSON file {class name: weight}; "" = all 1
     loss.focal = ConfigDict(dict(gamma=2.0))
     loss.asl = ConfigDict(
-        dict(gamma_neg=4.0, gamma_pos=0.0, probability_margin=0.05, eps=1e-8)
+        dict(
+            gamma_neg=4.0,
+            gamma_pos=0.0,
+            probability_margin=0.05,
+            eps=1e-8,
+            # Gradients flow through the focusing weights; ASL's authors train without.
+            weight_gradient=True,
+        )
     )
     loss.aam = ConfigDict(
         dict(

@@ -5,7 +5,9 @@ STEP` the weights to use: `params` and `batch_stats`, averaged or raw, whichever
 better. Both carry a JSON description (config, class names, progress).
 """
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mljax.models.functional import NETWORKS
 
 FORMAT = 1  # of the description; raised when older code could not read it
 _AGAIN = "copy the whole directory again, or name another step"
+_LAST_WRITE = 60.0  # seconds
 _KEEP = 2  # the older one stays until the newer one is wholly written
 
 
@@ -98,6 +101,25 @@ class Checkpoints:
             self._orbax.close()
 
 
+@contextlib.contextmanager
+def finishing(*saves: Checkpoints) -> Iterator[None]:
+    """What is being written in the background when something fails is written to its
+    end first, within a minute where that takes other processes, which may be gone."""
+    try:
+        yield
+    except Exception:
+        for each in saves:
+            waiting = threading.Thread(target=_wait_quietly, args=(each,), daemon=True)
+            waiting.start()
+            waiting.join(_LAST_WRITE if jax.process_count() > 1 else None)
+        raise
+
+
+def _wait_quietly(saves: Checkpoints) -> None:
+    with contextlib.suppress(Exception):  # the first error is the one to tell
+        saves.wait()
+
+
 def check_format(found: Any, path: Path) -> dict[str, Any]:
     stored = found["format"] if isinstance(found, dict) and "format" in found else None
     if type(stored) is not int or stored < 1:
@@ -132,6 +154,13 @@ def find_best(path: Path) -> Path:
     return path
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """The description of a saved step."""
+    with _readable_errors(path):
+        # A saved step holds one checkpointable, "state".
+        return check_format(ocp.checkpointables_metadata(path).custom_metadata, path)
+
+
 def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weights of a saved step and its description.
 
@@ -142,9 +171,7 @@ def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         `{"params", "batch_stats"}` as nested dicts of numpy arrays, and the
         description (config, class_names, progress).
     """
-    with _readable_errors(path):
-        # A saved step holds one checkpointable, "state".
-        about = check_format(ocp.checkpointables_metadata(path).custom_metadata, path)
+    about = describe(path)
     with _readable_errors(path, damaged=True):
         found = ocp.metadata(path, checkpointable_name="state").metadata
         if found is None:

@@ -155,6 +155,11 @@ def validate(config: ConfigDict) -> None:
                     f"{defaults[key]!r} (the head's own settings: "
                     f"config.model.{config.model.head})"
                 )
+    if config.model.head == "cosine" and config.loss.name != "aam":
+        raise UserError(
+            "config.model.head = 'cosine': gives cosines, and config.loss.name = "
+            f"{config.loss.name!r} takes logits; choose linear, or the loss aam"
+        )
     if config.optim.freeze_epochs >= config.epochs:
         raise UserError(
             f"config.optim.freeze_epochs = {config.optim.freeze_epochs}: must be below "

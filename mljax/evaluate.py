@@ -79,6 +79,9 @@ def unreadable(scores: Mapping[str, Scores], names: Sequence[str]) -> list[str]:
     return [names[i] for i in next(iter(scores.values())).unreadable]
 
 
+_LOWEST = -1e30  # times a scale it is finite still
+
+
 def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any]:
     """The metrics of `mljax.metrics` on scores.
 
@@ -86,23 +89,30 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
         mAP; CP, CR, CF1, OP, OR, OF1 (probability > 0.5); the same with "_top3" in
         their names for the three labels of each image with the highest scores (far
         apart even where float32 makes 1.0 of both probabilities); and "per_class":
-        AP by column, None where a class has no positive.
+        AP by column, None where a class has no positive. Outputs that are NaN count as
+        the lowest; if there are some, "nan_images" says of how many images.
 
     Raises:
         UserError: no class has a positive among the images that could be read.
     """
-    ap = metrics.average_precision(scores.outputs, scores.labels)
+    # Running statistics may lag behind weights that move fast, and the network then
+    # overflows here alone: a bad epoch, and not the end of the run.
+    is_nan = np.isnan(scores.outputs)
+    outputs = np.where(is_nan, np.float32(_LOWEST), scores.outputs)
+    ap = metrics.average_precision(outputs, scores.labels)
     if np.isnan(ap).all():
         raise UserError(
             "no image that can be read has a label, so there is no mAP to compute "
             f"({len(scores.unreadable)} of {len(scores.places)} images could not be "
             "read)"
         )
-    p = np.asarray(probabilities(scores.outputs))
-    top3 = metrics.classification_report(scores.outputs, scores.labels, top_k=3)
+    p = np.asarray(probabilities(outputs))
+    top3 = metrics.classification_report(outputs, scores.labels, top_k=3)
+    nan_images = int(is_nan.any(1).sum())
     return {
         "mAP": float(np.mean(ap[~np.isnan(ap)])),
         **metrics.classification_report(p, scores.labels),
         **{f"{name}_top3": value for name, value in top3.items()},
         "per_class": [None if np.isnan(x) else float(x) for x in ap],
+        **({"nan_images": nan_images} if nan_images else {}),
     }

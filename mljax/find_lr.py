@@ -33,6 +33,9 @@ LOCK = "search.json"  # not config.json: this is no work directory of a training
 
 # Flags that count something: the method they belong to, and what they are by default.
 _COUNTS = {"steps": ("range", 300), "trials": ("tpe", 16), "epochs": ("tpe", 3)}
+# Of the optimiser: what a learning rate does not depend on.
+_SCHEDULE = {"lr", "lr_from", "schedule", "pct_start", "div_factor", "final_div_factor"}
+_SCHEDULE |= {"cycle_momentum", "freeze_epochs", "accumulate"}
 # How far --min and --max are from config.optim.lr unless they are given.
 _REACH = {"range": 1000.0, "tpe": 10.0}
 
@@ -63,14 +66,10 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
             f"({type(error).__name__}: {error})"
         ) from None
     here = configs.flatten(config)
-    keys = ["model.backbone", "model.head", "loss.name", "loss.reduction"]
-    keys += [key for key in here if key.startswith(f"loss.{config.loss.name}.")]
-    keys += ["optim.name", "optim.lr_reference_batch", "sam.rho", "mutual.weight"]
-    keys += ["sam.direction", "sam.every_steps", "sam.reuse", "sam.every_images"]
-    keys += ["optim.freeze", "optim.backbone_lr_factor", "optim.layer_decay"]
-    keys += ["optim.bias_lr_factor", "optim.clip_norm", "optim.weight_decay"]
-    if config.optim.name == "sgd" and not _cycles(here) and not _cycles(there):
-        keys.append("optim.momentum")
+    keys = ["model.backbone", "model.head", "mutual.weight"]
+    keys += [k for k in here if _matters(k, config.loss.name)]
+    if _cycles(here) and _cycles(there):
+        keys = [key for key in keys if key not in ("optim.momentum", "optim.b1")]
     if not config.optim.lr_reference_batch:  # which makes one lr of all batch sizes
         keys.append("batch_size")
     off = [
@@ -93,6 +92,14 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
     config.optim.lr = lr
     configs.validate(config)
     return config, f"lr:      {lr:g}, found by {method} in {file.parent}"
+
+
+def _matters(key: str, loss: str) -> bool:
+    """Whether a setting of SAM, loss or optimiser changes what a learning rate does."""
+    part, *rest = key.split(".")
+    if part == "loss":
+        return len(rest) == 1 or rest[0] == loss
+    return part == "sam" or (part == "optim" and rest[0] not in _SCHEDULE)
 
 
 def _cycles(flat: Mapping[str, Any]) -> bool:

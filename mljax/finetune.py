@@ -94,7 +94,7 @@ def fix_batch_norm(model: nnx.Module, freeze: str) -> nnx.Module:
     """`model`, in which every frozen BatchNorm uses its running statistics.
 
     They do not move, so that the frozen part computes in training what it computes in
-    evaluation.
+    evaluation, up to dropout and stochastic depth.
     """
     names = prefixes(freeze)
     for path, layer in nnx.iter_modules(model):

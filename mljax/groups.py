@@ -67,7 +67,11 @@ def over_devices(groups: int, mesh: Mesh, is_mean: bool) -> Callable[[Passes], P
             for i in range(here):
                 own = slice(i * size, (i + 1) * size)
                 own_keys = [jax.random.fold_in(key, which[i]) for key in keys]
-                part = f(params, stats, images[own], labels[own], *own_keys)
+                loss, gradient, new = f(
+                    params, stats, images[own], labels[own], *own_keys
+                )
+                # How far they move: what stays the same keeps its bits.
+                part = loss, gradient, jax.tree.map(jnp.subtract, new, stats)
                 total = jax.tree.map(jnp.add, total, part) if i else part
             return lax.psum(total, axes)
 
@@ -84,7 +88,7 @@ def over_devices(groups: int, mesh: Mesh, is_mean: bool) -> Callable[[Passes], P
             )(params, stats, images, labels, jnp.arange(groups), *keys)
             mean = jax.tree.map(lambda x: x / groups, total)
             loss, gradient, _ = mean if is_mean else total
-            return loss, gradient, mean[2]
+            return loss, gradient, jax.tree.map(jnp.add, stats, mean[2])
 
         return on_all
 

@@ -251,7 +251,8 @@ def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
 
 def _first_frame(image: Image.Image) -> np.ndarray:
     """What a GIF shows first, on black, without the canvas around it: as TensorFlow."""
-    box = image.tile[0][1] if image.tile else (0, 0, *image.size)
+    tile = getattr(image, "tile", ())  # before it is decoded: where the frame lies
+    box = tile[0][1] if tile else (0, 0, *image.size)
     frame = image.convert("RGBA")
     black = Image.new("RGBA", frame.size, (0, 0, 0, 255))
     return np.asarray(Image.alpha_composite(black, frame).crop(box).convert("RGB"))

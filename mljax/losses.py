@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.nn import log_sigmoid
 from jax.typing import ArrayLike
 
@@ -110,6 +111,7 @@ def asl(
     label_smoothing: float = 0.0,
     scale: float = 1.0,
     eps: float = 1e-8,
+    weight_gradient: bool = True,
     reduction: str = "sum",
     class_weights: ArrayLike | None = None,
 ) -> jax.Array:
@@ -117,8 +119,7 @@ def asl(
 
     L = -sum w (t log p + (1 - t) log n), p = sigmoid(scale x),
     n = min(1 - p + probability_margin, 1),
-    w = (1 - p t - n (1 - t)) ^ (gamma_pos t + gamma_neg (1 - t)); gradients flow
-    through w.
+    w = (1 - p t - n (1 - t)) ^ (gamma_pos t + gamma_neg (1 - t)).
 
     Args:
       logits: x, [batch, num_classes].
@@ -129,6 +130,7 @@ def asl(
       scale: factor on the logits.
       eps: p and n are not taken below it inside the logs, and have no gradient there
         (about |x| > 18 for 1e-8): the published form. 0 = no such floor.
+      weight_gradient: gradients flow through w. Its authors train without.
       label_smoothing, reduction, class_weights: as in `bce`, and so is what is
         returned and raised.
 
@@ -156,7 +158,7 @@ def asl(
         else:
             log_one_minus_n = _log(jax.nn.sigmoid(x) - probability_margin)
         weight = _focus(log_sigmoid(-x), log_one_minus_n, targets, gamma_pos, gamma_neg)
-        loss = weight * loss
+        loss = (weight if weight_gradient else lax.stop_gradient(weight)) * loss
     return _reduce(loss, ignored, reduction, class_weights)
 
 

@@ -52,9 +52,15 @@ def prepare(config: ConfigDict, settings: Mapping[str, Any]) -> "Search":
     config.optim.lr = 1.0  # the factor of `adjustable` is the learning rate
     if settings["method"] == "range":
         config.optim.schedule = "constant"
+        config.optim.freeze_epochs = 0  # what is frozen at first is so in all of it
         config.ema.decay = config.ema.half_life = 0.0
     else:
         config.epochs = settings["epochs"]
+        if config.optim.freeze_epochs >= config.epochs:
+            raise UserError(
+                f"--epochs={config.epochs}: must be above config.optim.freeze_epochs = "
+                f"{config.optim.freeze_epochs}, else no trial trains what the run does"
+            )
     if jax.process_count() > 1:
         raise UserError("mljax.find_lr runs in one process: start it on one host")
     return Search(config)

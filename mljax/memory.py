@@ -29,12 +29,16 @@ def restart_tuned() -> None:
     with many threads, which one heap would hold up), and if GLIBC_TUNABLES is not set
     already. To be called first of all, by a program of one process.
     """
-    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
-        return
-    if _computes_on_cpu():
-        environment = os.environ | {"GLIBC_TUNABLES": _TUNABLES}
+    if tuned := tunables():
         arguments = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, arguments, environment)
+        os.execve(sys.executable, arguments, os.environ | tuned)
+
+
+def tunables() -> dict[str, str]:
+    """What `restart_tuned` puts into the environment; nothing where it does nothing."""
+    if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
+        return {}
+    return {"GLIBC_TUNABLES": _TUNABLES} if _computes_on_cpu() else {}
 
 
 def peak_bytes() -> int:

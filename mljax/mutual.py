@@ -9,7 +9,7 @@ References:
     labels as in Prokofiev & Sovrasov, arXiv 2209.06585.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,10 @@ def pair(apply: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_loss(
-    loss_fn: Callable[[jax.Array, jax.Array], jax.Array], weight: float, scale: float
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    weight: float,
+    scale: float,
+    batch_size: int | None = None,
 ) -> Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]:
     """The loss of a pair: of each its own loss_fn + weight * mean KL(other || own).
 
@@ -64,6 +67,8 @@ def make_loss(
         loss_fn: (outputs [batch, num_classes], labels) -> scalar.
         weight: of the divergence, see `mean_kl`.
         scale: logits are scale * outputs (1, or the s of `aam`).
+        batch_size: where the losses of parts of the batch are added up, the images of
+            all of it: the divergence of a part counts by its share of them.
 
     Returns:
         loss({"one": outputs, "two": outputs}, labels [batch, num_classes]) -> scalar.
@@ -72,7 +77,8 @@ def make_loss(
     def of_one(own: jax.Array, other: jax.Array, labels: jax.Array) -> jax.Array:
         said = jax.lax.stop_gradient(other)
         divergence = mean_kl(scale * said, scale * own, labels)
-        return loss_fn(own, labels) + weight * divergence
+        share = own.shape[0] / batch_size if batch_size else 1.0
+        return loss_fn(own, labels) + weight * share * divergence
 
     def loss(outputs: Mapping[str, jax.Array], labels: jax.Array) -> jax.Array:
         one, two = (outputs[name] for name in NETWORKS)
@@ -103,23 +109,28 @@ def mean_kl(target: jax.Array, own: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def load(
-    config: ConfigDict, make_model: Callable[..., Classifier]
+    config: ConfigDict,
+    make_model: Callable[..., Classifier],
+    class_names: Sequence[str] = (),
 ) -> tuple[Tree, Tree, list[str]]:
     """What the run starts from: see `pretrained.load`; two of them for a pair.
 
     Args:
         config: `init_from`, `seed` and `mutual.weight` are read.
         make_model: (seed) -> the model with random weights.
+        class_names: of this run.
 
     Raises:
         UserError: as `pretrained.load`, or `init_from` leaves nothing at random, so
             that both networks would be the same.
     """
-    params, batch_stats, notes = pretrained.load(config.init_from, make_model)
+    params, batch_stats, notes = pretrained.load(
+        config.init_from, make_model, class_names
+    )
     if not config.mutual.weight:
         return params, batch_stats, notes
     params_two, stats_two, _ = pretrained.load(
-        config.init_from, partial(make_model, config.seed + 1)
+        config.init_from, partial(make_model, config.seed + 1), class_names
     )
     same = jax.tree.map(np.array_equal, params, params_two)
     if all(jax.tree.leaves(same)):

@@ -19,8 +19,9 @@ class Choice(NamedTuple):
     Attributes:
         thresholds: float32 [num_classes], in [0, 1).
         overall: the one threshold that would be best for all classes together.
-        reached: bool [num_classes]; whether the class's own threshold gives the wanted
-            precision or recall on these images. Always true for F-beta.
+        reached: bool [num_classes]; whether the class's threshold gives the wanted
+            precision or recall on these images, by their labels. True for F-beta and
+            for a class without positives.
     """
 
     thresholds: np.ndarray
@@ -85,21 +86,28 @@ def choose(
         _expected(p, y, shrink) if shrink else 0
     )
 
-    def best(p: NDArray, y: NDArray, counted: NDArray) -> tuple[float, bool]:
+    def best(p: NDArray, y: NDArray, counted: NDArray) -> float:
         known = y != -1
         return _best(p[known], counted[known], beta, precision, recall)
 
-    overall, _ = best(p.ravel(), y.ravel(), counted.ravel())
+    overall = best(p.ravel(), y.ravel(), counted.ravel())
     thresholds = np.full(p.shape[1], overall)
-    reached = np.ones(p.shape[1], bool)
     for c in np.flatnonzero(positives):
-        thresholds[c], reached[c] = best(p[:, c], y[:, c], counted[:, c])
+        thresholds[c] = best(p[:, c], y[:, c], counted[:, c])
     share = positives / np.maximum(positives + shrink, 1e-12)
     both = share * _logit(thresholds) + (1 - share) * _logit(np.asarray(overall))
     exact = (share == 1) | (thresholds == overall)
     thresholds = np.where(exact, thresholds, 1 / (1 + np.exp(-both)))
     below_1 = np.nextafter(np.float32(1), np.float32(0))
-    return Choice(np.minimum(thresholds.astype(np.float32), below_1), overall, reached)
+    thresholds = np.minimum(thresholds.astype(np.float32), below_1)
+    said = (p > thresholds) & (y != -1)
+    true = (said & (y == 1)).sum(0)
+    reached = np.ones(p.shape[1], bool)
+    if precision is not None:
+        reached = (true > 0) & (true >= (precision - 1e-12) * said.sum(0))
+    elif recall is not None:
+        reached = true >= (recall - 1e-12) * positives
+    return Choice(thresholds, overall, reached | (positives == 0))
 
 
 def _expected(p: NDArray, y: NDArray, shrink: float) -> NDArray:
@@ -118,8 +126,8 @@ def _best(
     beta: float,
     precision: float | None,
     recall: float | None,
-) -> tuple[float, bool]:
-    """The threshold for probabilities p [n]; if it gives enough.
+) -> float:
+    """The threshold for probabilities p [n].
 
     counted [n]: how much of a positive each is, in [0, 1]. 0.5 where nothing can be
     chosen: all probabilities are 0.
@@ -129,7 +137,7 @@ def _best(
     following = np.append(p[1:], np.float32(0))
     last = np.flatnonzero(p > following)  # of each group of equal ones; none at p = 0
     if not last.size:
-        return 0.5, False
+        return 0.5
     true, said, positives = np.cumsum(counted)[last], last + 1, counted.sum()
     if precision is not None:
         quality = true / said
@@ -140,12 +148,11 @@ def _best(
         enough = true >= (recall - 1e-12) * positives
         rank = np.where(enough, true / said, -1.0) if enough.any() else true
     else:
-        enough = np.ones(len(last), bool)
         rank = true / (beta**2 * positives + said)
     i = int(np.argmax(rank))
     above, below = p[last[i]], following[last[i]]
     middle = np.float32((float(above) + float(below)) / 2)
-    return float(middle if middle < above else below), bool(enough[i])
+    return float(middle if middle < above else below)
 
 
 def _logit(p: NDArray) -> NDArray:

@@ -112,13 +112,17 @@ def constant(value: float) -> Schedule:
     return lambda step: value
 
 
+_NOT_DECAYED = ("norm", "query_embed", "pos_embed", "cls_token")
+
+
 def parameter_groups(
     params: PyTree, decay_bias_and_norm: bool = False
 ) -> tuple[PyTree, PyTree]:
     """Which parameters are biases and which are decayed, by path and shape.
 
     A parameter whose path ends in "bias" is a bias. Decayed is what has two or more
-    dimensions and is neither a bias, nor in a norm layer, nor a query embedding.
+    dimensions and is neither a bias, nor in a norm layer, nor an embedding: of queries,
+    of positions or ViT's class token.
 
     Args:
         params: nested dict of arrays or shape structs.
@@ -133,7 +137,7 @@ def parameter_groups(
 
     def is_decayed(path: Any, x: Any) -> bool:
         name = path_name(path)
-        exempt = name.endswith("bias") or "norm" in name or "query_embed" in name
+        exempt = name.endswith("bias") or any(part in name for part in _NOT_DECAYED)
         return decay_bias_and_norm or (x.ndim > 1 and not exempt)
 
     return (

@@ -7,7 +7,8 @@ them).
 
 asl is what the paper compares itself with, a linear head or ML-Decoder trained as in
 the code that goes with arXiv 2111.12933 (ML-Decoder; that of 2009.14119, ASL, is the
-same but for the batch and the length).
+same but for the batch and the length). What differs: decay is decoupled, and pixels are
+scaled as for aam, to [-1, 1]; theirs are in [0, 1].
 """
 
 from collections.abc import Mapping
@@ -70,7 +71,6 @@ def _aam(config: ConfigDict) -> None:
 def _asl(config: ConfigDict) -> None:
     config.epochs = 40
     config.batch_size = 56
-    # They add the decay to the gradient (Adam); here it is decoupled from it.
     config.optim.name = "adamw"
     config.optim.lr = 1e-4
     config.optim.weight_decay = 1e-4
@@ -80,6 +80,9 @@ def _asl(config: ConfigDict) -> None:
     config.optim.final_div_factor = 1e4
     config.ema.decay = 0.9997
     config.sam.rho = 0.0
+    config.loss.asl.weight_gradient = False
+    config.data.cutout, config.data.cutout_side = 1.0, 0.5
+    config.data.flip = 0.0
 
 
 LOSSES = {"aam": _aam, "asl": _asl}

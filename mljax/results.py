@@ -92,12 +92,14 @@ def row(
     better = max(networks, key=lambda network: networks[network]["mAP"])
     chosen = networks[better]
     per_class = chosen.pop("per_class")
+    nan_images = max(report.get("nan_images", 0) for report in reports.values())
     line = {
         "step": step,
         "epoch": epoch,
         "loss": progress.end_of_epoch_loss(),
         "skipped_steps": progress.skipped,
         **chosen,
+        **({"nan_images": nan_images} if nan_images else {}),
     }
     if run.is_pair:
         each = {f"mAP_{name}": found["mAP"] for name, found in networks.items()}

@@ -174,12 +174,10 @@ def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.A
     loss = losses.make_loss(config.loss, _class_weights(config, class_names))
     if not config.mutual.weight:
         return loss
-    # A mean, also where the losses of parts of the batch are added up.
-    parts = config.optim.accumulate * config.sam.groups
-    if config.loss.reduction == "mean":
-        parts = 1
+    # Where the losses of parts of the batch are added up, each has its share of it.
+    whole = config.batch_size if config.loss.reduction == "sum" else None
     scale = config.loss.aam.scale if losses.is_angular(config.loss.name) else 1.0
-    return mutual.make_loss(loss, config.mutual.weight / parts, scale)
+    return mutual.make_loss(loss, config.mutual.weight, scale, whole)
 
 
 def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mljax import memory
+from mljax.errors import UserError
 
 # Dense bfloat16 FLOP/s of one device, as their makers give them. float32 is slower on
 # most, so a float32 run reaches a smaller share. Of prefixes the longest counts.
@@ -157,6 +158,20 @@ def mean_flops(steps: Sequence[Any], *arguments: Any) -> float:
     return total / len(steps)
 
 
+def period(at: int, every: int, thaw_step: int) -> range:
+    """The steps from `at` on until they come again, every so many; frozen ones and
+    others apart."""
+    end = at + every
+    return range(at, min(end, thaw_step + 1) if at <= thaw_step else end)
+
+
+def check_span(span: str, total_steps: int) -> None:
+    """Raises UserError for a `config.profile` that begins behind the last step."""
+    first = span.partition(":")[0]
+    if span and int(first) > total_steps:
+        raise UserError(f"config.profile = {span}: the run ends at step {total_steps}")
+
+
 class Profiler:
     """Writes a trace of some steps of process 0 where TensorBoard looks for it.
 
@@ -170,6 +185,12 @@ class Profiler:
         wanted = bool(span) and jax.process_index() == 0
         self._steps = range(int(first), int(last) + 1) if wanted else range(0)
         self._folder, self._running = folder, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
 
     def before(self, step: int) -> None:
         """To be called before `step` is dispatched."""
@@ -185,6 +206,12 @@ class Profiler:
         if not self._running or (step + 1 in self._steps and not ends):
             return None
         jax.block_until_ready(metrics)
+        return self.end()
+
+    def end(self) -> Path | None:
+        """Ends the trace if there is one; its folder."""
+        if not self._running:
+            return None
         jax.profiler.stop_trace()
         self._running, self._steps = False, range(0)
         return self._folder

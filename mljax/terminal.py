@@ -154,6 +154,8 @@ class Terminal:
             f"({pair}raw {100 * row['mAP_raw']:.2f}{ema})  CF1 {100 * row['CF1']:.2f}  "
             f"OF1 {100 * row['OF1']:.2f}{'  best so far' if decision.is_best else ''}"
         )
+        if count := row.get("nan_images"):
+            self.say(nan_note(count))
         if decision.stop:
             self.say("early stopping: no improvement worth more epochs")
         if self._writer:
@@ -165,6 +167,13 @@ class Terminal:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+
+def nan_note(count: int) -> str:
+    return (
+        f"not a number: the outputs for {count} images, counted as the lowest; "
+        "training is unstable, lower config.optim.lr"
+    )
 
 
 def _clock(seconds: float) -> str:

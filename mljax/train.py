@@ -1,5 +1,6 @@
 """Training from the first line to the last: `train(config, workdir)`."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +30,7 @@ from mljax import (
     versions,
     workdir,
 )
-from mljax.checkpoint import Checkpoints
+from mljax.checkpoint import Checkpoints, finishing
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
 from mljax.progress import Progress
@@ -83,7 +84,7 @@ def setup(
     loss_fn = make_loss(config, names)
     graph = label_graph_data.build(config, source)
     run = make_run(config, names, graph)
-    params, batch_stats, notes = mutual.load(config, run.make_model)
+    params, batch_stats, notes = mutual.load(config, run.make_model, names)
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     thaw_step = config.optim.freeze_epochs * steps_per_epoch
@@ -114,7 +115,6 @@ def setup(
         return jax.jit(create, out_shardings=shardings)(*weights)
 
     rows, whole = sharding.batch_sharding(run.mesh), sharding.replicated(run.mesh)
-
     sam_groups = None
     if config.sam.groups > 1:
         is_mean = config.loss.reduction == "mean"
@@ -156,11 +156,10 @@ def setup(
     # Programs of their own, compiled at their first step: nothing is computed for what
     # is frozen, nor for a perturbation in a step that has none.
     programs = {(False, full): compiled(None, full) for full in (True, False)}
-    frozen_until = 0
+    frozen_until = (thaw_step or math.inf) if config.optim.freeze else 0
     if config.optim.freeze:
         frozen = finetune.frozen_parameters(params, config.optim.freeze)
         programs |= {(True, full): compiled(frozen, full) for full in (True, False)}
-        frozen_until = thaw_step or total_steps
 
     def step_at(at: int) -> Callable[..., Any]:
         return programs[at <= frozen_until, sam.is_full(at, config.sam.every_steps)]
@@ -203,6 +202,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     sources, run, graph = made.sources, made.run, made.graph
     steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
     source, names = sources.train, sources.train.class_names
+    speed.check_span(config.profile, total_steps)
     folder = Path(path).absolute()
     if jax.process_index() == 0:
         workdir.open_for_training(path, config)
@@ -225,6 +225,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         state = last.load(start, made.state)
     else:
         state = made.initial()
+    workdir.keep_config(folder, config)
     # What came after the last whole checkpoint is computed again, to the same bits.
     best.drop_after(start)
     history = workdir.read_history(folder, start - progress.evaluation_due)
@@ -291,7 +292,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     batches = terminal.speed.timed(batches)
     profiler = speed.Profiler(config.profile, folder / "tensorboard")
     previous, compiled = None, set()
-    with preemption.watching() as watch:
+    with finishing(last, best), profiler, preemption.watching() as watch:
         for at in range(start + 1, total_steps + 1):
             if progress.stopped:
                 break
@@ -314,9 +315,9 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
                     terminal.first_step(time.perf_counter() - started)
                 elif at == made.thaw_step + 1:
                     terminal.thawed()
-                if at == start + 1 and jax.process_index() == 0:
-                    period = range(at, at + config.sam.every_steps)
-                    steps = [made.step_at(i) for i in period]
+                if jax.process_index() == 0 and at in (start + 1, made.thaw_step + 1):
+                    alike = speed.period(at, config.sam.every_steps, made.thaw_step)
+                    steps = [made.step_at(i) for i in alike]
                     terminal.speed.flops = speed.mean_flops(
                         steps, made.state, placed, made.seed
                     )
@@ -338,6 +339,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             progress.evaluation_due = due and stop
             if due and not stop:
                 judge(at, epoch)
+            if progress.stopped and (trace := profiler.end()):
+                terminal.say(f"profile: {trace}")
             save(at)
             if stop:
                 last.close()

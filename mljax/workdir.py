@@ -16,12 +16,14 @@ CONFIG = "config.json"
 HISTORY = "metrics.jsonl"
 SUMMARY = "metrics.json"
 UNREADABLE = "unreadable.txt"
+_PART = ".part"
 
 # Keys that a run may change between a stop and the next start: they do not touch
-# what is computed.
+# what is computed, or only where it could not go on otherwise.
 FREE_KEYS = frozenset(
     {
         "data.root",
+        "data.on_error",  # other images of a step stay the same
         "data.parallel_reads",
         "data.prefetch",
         "eval.batch_size",
@@ -32,6 +34,7 @@ FREE_KEYS = frozenset(
         "optim.lr_from",  # optim.lr is what it gave
         "train.checkpoint_every",
         "train.log_every",
+        "train.max_bad_steps",
         "profile",
         "published_mAP",
     }
@@ -50,15 +53,20 @@ def open_for_training(path: str, config: ConfigDict) -> Path:
     stored = workdir / CONFIG
     if stored.exists():
         _check_same(path, read_config(workdir), config)
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(not _is_part(f) for f in workdir.iterdir()):
         raise UserError(
             f"--workdir {path}: is not empty and holds no mljax run; "
             "name a new or empty directory"
         )
     else:
         workdir.mkdir(parents=True, exist_ok=True)
-    write_text(stored, json.dumps(config.to_dict(), indent=2) + "\n")
+        keep_config(workdir, config)
     return workdir
+
+
+def keep_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config that the run goes on with."""
+    write_text(workdir / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def check_shared(path: str) -> None:
@@ -114,12 +122,17 @@ def write_text(file: Path, text: str) -> None:
 
     if jax.process_index():
         return
-    part = file.with_name(f".{file.name}.part")
+    part = file.with_name(f".{file.name}{_PART}")
     with part.open("w", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     part.replace(file)
+
+
+def _is_part(file: Path) -> bool:
+    """Whether a killed process has left this of a file that it was writing."""
+    return file.name.startswith(".") and file.name.endswith(_PART)
 
 
 def read_history(workdir: Path, last_step: int) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Saving and loading with Orbax."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,33 @@ def test_errors_are_one_line(tmp_path):
         checkpoint.check_format({"format": 99}, tmp_path)
     with pytest.raises(UserError, match="not a checkpoint of mljax"):
         checkpoint.check_format(None, tmp_path)
+
+
+def test_a_save_is_finished_when_training_fails(tmp_path, monkeypatch):
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    writing = saves._orbax.save_async
+
+    def slowly(*args, **options):
+        pending = writing(*args, **options)
+
+        class Later:
+            def result(self):
+                time.sleep(0.3)
+                found.append(pending.result())
+
+        return Later()
+
+    found = []
+    monkeypatch.setattr(saves._orbax, "save_async", slowly)
+    with pytest.raises(UserError, match="cannot be read"), checkpoint.finishing(saves):
+        saves.save(1, state(1.0), {})
+        raise UserError("photo.jpg: cannot be read")
+    assert found and (tmp_path / "run" / "1").is_dir()
+    with pytest.raises(KeyboardInterrupt), checkpoint.finishing(saves):
+        saves.save(2, state(2.0), {})
+        raise KeyboardInterrupt  # the second one: at once
+    assert len(found) == 1
+    saves.close()
 
 
 def test_an_unfinished_save_is_never_loaded(tmp_path):

@@ -82,6 +82,7 @@ def test_what_a_head_changes():
     for name in ("coco", "voc", "nuswide", "vg500"):
         c = configs.load(f"configs/{name}.py", "asl,ml_decoder,debug")
         assert (c.optim.name, c.optim.lr, c.sam.rho) == ("adamw", 1e-4, 0)
+        assert not c.loss.asl.weight_gradient and not c.data.flip
         c.data.root = "somewhere"
         configs.validate(c)
     assert set(recipes.BACKBONES) <= models.BACKBONES.keys()
@@ -293,6 +294,16 @@ def test_recipes_augment_as_published():
     plain = configs.load("configs/corel5k.py", "plain")
     assert plain.data.crop_area == 1 and plain.sam.update_stats == "both"
     assert not plain.eval.flip
+
+
+def test_a_cosine_head_needs_aam():
+    config = configs.common()
+    config.data.root = "somewhere"
+    config.model.head = "cosine"
+    configs.validate(config)
+    config.loss.name = "asl"
+    with pytest.raises(UserError, match=r"head = 'cosine'.*'asl' takes logits; choose"):
+        configs.validate(config)
 
 
 def test_one_image_cannot_be_mixed():

@@ -46,6 +46,30 @@ def test_eval_gives_the_same_numbers(trained):
     assert "mAP" in done.stdout and "crowd" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.backbone=resnet50", "its weights are of another model (model.backbone"),
+        ("model.head=csra", "model.head was 'linear' and is now 'csra'"),
+        ("loss.name=asl", "loss.name was 'aam' and is now 'asl'"),
+    ],
+)
+def test_eval_of_another_model_is_refused(trained, change, words):
+    workdir, cache = trained
+    done = run(workdir, cache, *TINY, "--mode=eval", f"--config.{change}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert words in last_line(done.stderr)
+
+
+def test_eval_says_what_it_computes_otherwise(trained, tmp_path):
+    workdir, cache = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    flags = "--mode=eval", "--config.eval.flip=true"
+    done = run(tmp_path / "run", cache, *TINY, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "config:  eval.flip was False and is now True" in done.stdout
+
+
 def test_fine_tuning_from_a_work_directory(trained, tmp_path):
     workdir, cache = trained
     done = run(
@@ -97,9 +121,12 @@ def test_own_files_with_unreadable_images_skipped(trained, tmp_path):
     done = run(tmp_path / "stop", cache, *FILES, root)
     assert done.returncode == 1
     assert "train 0 é.jpg: cannot be read" in last_line(done.stderr)
+    # What the message advises goes on in the same directory.
+    skip = "--config.data.on_error=skip"
+    done = run(tmp_path / "stop", cache, *FILES, root, skip)
+    assert done.returncode == 0, done.stderr
     missing = data / "photos" / "val 3 é.jpg"
     missing.unlink()
-    skip = "--config.data.on_error=skip"
     done = run(tmp_path / "skip", cache, *FILES, root, skip)
     assert done.returncode == 0, done.stderr
     unreadable = (tmp_path / "skip" / "unreadable.txt").read_text()

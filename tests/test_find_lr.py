@@ -15,7 +15,7 @@ import pytest
 from runs import ROOT, environment, last_line
 
 from mljax import config as configs
-from mljax import find_lr, optim, workdir
+from mljax import find_lr, lr_search, optim, workdir
 from mljax import main as program
 from mljax.errors import UserError
 
@@ -196,6 +196,12 @@ def test_a_found_learning_rate_is_used(tmp_path):
         ("loss.aam.scale", 23.0),
         ("sam.rho", 0.05),
         ("sam.every_steps", 5),
+        ("sam.adaptive", True),
+        ("sam.update_stats", "first"),
+        ("loss.class_weights", "weights.json"),
+        ("loss.label_smoothing", 0.2),
+        ("optim.nesterov", True),
+        ("optim.decay_bias_and_norm", True),
         ("model.backbone", "resnet50"),
         ("model.head", "gcn"),
         ("optim.weight_decay", 0.1),
@@ -212,6 +218,23 @@ def test_a_learning_rate_of_another_run_is_refused(tmp_path, key, value):
         find_lr.resolve(config)
     text = str(error.value)
     assert f"{key} = " in text and f"is {value!r} here" in text and "\n" not in text
+
+
+def test_what_a_learning_rate_does_not_depend_on_may_differ(tmp_path):
+    config = configs.load("configs/shapes.py")
+    stored(tmp_path, config)
+    config.optim.pct_start, config.optim.accumulate = 0.5, 2
+    config.optim.freeze_epochs, config.loss.asl.gamma_neg = 1, 2.0
+    config.optim.lr_from, config.epochs, config.ema.decay = str(tmp_path), 7, 0.5
+    config.optim.freeze_epochs = 0
+    assert find_lr.resolve(config)[0].optim.lr == 0.0123
+
+
+def test_trials_are_long_enough_to_thaw():
+    config = configs.load("configs/shapes.py")
+    config.epochs, config.optim.freeze, config.optim.freeze_epochs = 20, "backbone", 3
+    with pytest.raises(UserError, match=r"--epochs=3: must be above .*epochs = 3"):
+        lr_search.prepare(config, {"method": "tpe", "epochs": 3})
 
 
 def test_a_learning_rate_of_random_weights_is_for_random_weights(tmp_path):

@@ -19,7 +19,11 @@ def passes(params, stats, images, labels, first, second):
 
     own = jax.grad(loss)(params)
     value, gradient = jax.value_and_grad(loss)(params + 0.1 * own)
-    return value, gradient, stats + images.mean()
+    return (
+        value,
+        gradient,
+        {"moves": stats["moves"] + images.mean(), "stays": stats["stays"]},
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 2), (2, 4), (4, 2)])
@@ -34,15 +38,19 @@ def test_parts_of_a_batch(shape, is_mean):
     rows = batch_sharding(mesh)
     batch = jax.device_put((images, labels), (rows, rows))
     each = jax.jit(groups.over_devices(4, mesh, is_mean)(passes))
-    loss, gradient, stats = each(w, jnp.zeros(()), *batch, *keys)
+    stays = jnp.asarray(draw.normal(size=99), jnp.float32)
+    before = {"moves": jnp.zeros(()), "stays": stays}
+    loss, gradient, stats = each(w, before, *batch, *keys)
     parts = [slice(4 * i, 4 * i + 4) for i in range(4)]
-    alone = [passes(w, 0, images[p], labels[p], *keys) for p in parts]
-    total = [sum(np.asarray(part[i]) for part in alone) for i in range(3)]
+    alone = [passes(w, before, images[p], labels[p], *keys) for p in parts]
+    total = [sum(np.asarray(part[i]) for part in alone) for i in range(2)]
+    moved = np.mean([part[2]["moves"] for part in alone])
     by = 4 if is_mean else 1
     np.testing.assert_allclose(loss, total[0] / by, rtol=1e-5)
     np.testing.assert_allclose(gradient, total[1] / by, rtol=1e-5)
-    np.testing.assert_allclose(stats, total[2] / 4, atol=1e-6)
-    whole = passes(w, 0, images, labels, *keys)
+    np.testing.assert_allclose(stats["moves"], moved, atol=1e-6)
+    np.testing.assert_array_equal(stats["stays"], stays)
+    whole = passes(w, before, images, labels, *keys)
     assert not np.allclose(gradient, np.asarray(whole[1]) / by, rtol=1e-2)
 
 

@@ -1,6 +1,7 @@
 """`python -m mljax.import_weights`: files in, the same start of a run, files out."""
 
 import json
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +119,40 @@ def test_export_and_import_give_the_same_bits(backbone, names, tmp_path, capsys)
         same(starts[0], starts[1])
         same(starts[0], starts[2])
         assert pretrained.restore(back)[1] == about
+
+
+@pytest.mark.parametrize(
+    ("head", "loss"),
+    [("linear", "bce"), ("csra", "aam"), ("ml_decoder", "aam"), ("query2label", "asl")],
+)
+def test_a_classifier_of_as_many_other_classes_starts_anew(
+    head, loss, tmp_path, capsys
+):
+    model = save_run(tmp_path / "run", "small_resnet", head, loss)  # of class 0 to 6
+    file = tmp_path / "x.safetensors"
+    call(capsys, "--export", "--from", tmp_path / "run", "--to", file)
+    whole = import_torch.export(model)
+    fresh = model_of("small_resnet", head, loss, 7)
+    own = import_torch.export(fresh)
+    names = [f"class {i}" for i in range(7)]
+    of_classes = {n for n in own if 7 in own[n].shape}
+    of_classes -= {"decoder.query_embed.weight"}  # a group's
+    for path in (tmp_path / "run", file):
+
+        def start(names, path=path):
+            make = partial(model_of, "small_resnet", head, loss, 7)
+            params, batch_stats, notes = pretrained.load(str(path), make, names)
+            return import_torch.export(nnx_merge(fresh, [params, batch_stats])), notes
+
+        found, notes = start(names)
+        assert notes == []
+        same(found, whole)
+        for others in ([*names[:-1], "another"], names[::-1]):
+            found, (note,) = start(others)
+            assert "classifier was not loaded" in note and "other classes" in note
+            for name in found:
+                expected = own if name in of_classes else whole
+                np.testing.assert_array_equal(found[name], expected[name], name)
 
 
 @pytest.mark.parametrize(("head", "loss"), [("gat", "aam"), ("ml_decoder", "aam")])

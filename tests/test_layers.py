@@ -92,6 +92,32 @@ def test_depthwise_in_bfloat16_keeps_the_dtype_and_sums_in_float32():
     assert_close(half.astype(jnp.float32), gradient(x, jnp.asarray(weight)), 5e-3)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_in_bfloat16_is_rounded_once(stride):
+    x, weight = normal(0, 2, 16, 16, 8), normal(1, 5, 5, 1, 8)
+    x, weight = (jnp.asarray(a, jnp.bfloat16) for a in (x, weight))
+    pads = ((2, 2), (2, 2))
+
+    def value_and_gradient(x, weight):
+        value, pull = jax.vjp(lambda x: cpu.depthwise_conv(x, weight, stride, pads), x)
+        return value, *pull(jnp.ones_like(value))
+
+    exact = value_and_gradient(x.astype(jnp.float32), weight.astype(jnp.float32))
+    for half, whole in zip(value_and_gradient(x, weight), exact, strict=True):
+        np.testing.assert_array_equal(half, whole.astype(jnp.bfloat16))
+
+
+def test_patches_are_a_convolution():
+    x, weight = normal(0, 2, 8, 12, 3), normal(1, 4, 4, 3, 5)
+    plain = plain_conv(x, weight, 4, ((0, 0), (0, 0)))
+    assert_close(cpu.patch_conv(jnp.asarray(x), jnp.asarray(weight)), plain)
+    conv = layers.Conv(3, 5, 4, stride=4, rngs=nnx.Rngs(0))
+    for shape in ((2, 8, 12, 3), (2, 9, 14, 3)):  # with pixels left over too
+        images = normal(2, *shape)
+        plain = plain_conv(images, conv.weight[...], 4, ((0, 0), (0, 0)))
+        assert_close(conv(jnp.asarray(images)), plain)
+
+
 def test_depthwise_gradients_of_a_sharded_batch():
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     over_batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -259,6 +285,10 @@ def test_initial_values():
     assert not np.array_equal(one, two)
     bounded = draw(rngs, "uniform", (300, 200), 0.5, "float32")
     assert 0.49 < float(jnp.abs(bounded).max()) <= 0.5
+
+    conv = layers.Conv(8, 500, 5, bias=True, uniform=True, rngs=nnx.Rngs(0))
+    for values in (conv.weight[...], conv.bias[...]):  # as torch.nn.Conv2d
+        assert 0.95 < float(jnp.abs(values).max()) * (25 * 8) ** 0.5 <= 1
 
     def traced():
         rngs = nnx.Rngs(0)

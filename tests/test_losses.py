@@ -1,6 +1,7 @@
 """Losses: reference numbers, and properties that must hold for all of them."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -284,6 +285,25 @@ def test_focal_is_the_power_form():
     )
 
 
+def test_asl_as_its_authors_train_it():
+    outputs, labels = example()
+
+    def weighted(x):
+        p, n = jax.nn.sigmoid(x), jnp.minimum(1 - jax.nn.sigmoid(x) + 0.05, 1)
+        weight = jnp.where(labels == 1, 1 - p, 1 - n) ** jnp.where(labels == 1, 1, 4)
+        log = jnp.log(jnp.where(labels == 1, p, n))
+        known = (labels == 0) | (labels == 1)
+        return -jnp.sum(known * jax.lax.stop_gradient(weight) * log)
+
+    labels = np.where((labels == 0) | (labels == 1), labels, -1)
+    ours = partial(asl, labels=labels, gamma_pos=1.0, weight_gradient=False)
+    value, gradient = jax.value_and_grad(ours)(outputs)
+    np.testing.assert_allclose(value, weighted(outputs), rtol=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(weighted)(outputs), rtol=1e-4)
+    flowing = jax.grad(partial(asl, labels=labels, gamma_pos=1.0))(outputs)
+    assert not np.allclose(gradient, flowing, rtol=0.1)
+
+
 def test_losses_share_a_signature():
     for loss in LOSSES.values():
         first, second, *options = inspect.signature(loss).parameters.values()
@@ -329,7 +349,13 @@ def loss_config(name: str, **changes) -> ConfigDict:
         reduction="mean",
         label_smoothing=0.1,
         focal=dict(gamma=1.5),
-        asl=dict(gamma_neg=2.0, gamma_pos=1.0, probability_margin=0.1, eps=0.0),
+        asl=dict(
+            gamma_neg=2.0,
+            gamma_pos=1.0,
+            probability_margin=0.1,
+            eps=0.0,
+            weight_gradient=False,
+        ),
         aam=dict(
             scale=17.0,
             margin=0.1,

@@ -82,6 +82,7 @@ def test_the_divergence_of_a_batch_in_parts_is_still_a_mean(
 ):
     config = get_config()
     config.loss.reduction = reduction
+    config.batch_size = 8
     config.mutual.weight = 50.0
     labels = np.random.default_rng(0).integers(0, 2, (8, 3)).astype(np.float32)
     outputs = {n: np.tanh(logits(i, (8, 3))) for i, n in enumerate(mutual.NETWORKS)}
@@ -104,6 +105,16 @@ def test_the_divergence_of_a_batch_in_parts_is_still_a_mean(
     ]
     total = sum(parts) / (4 if reduction == "mean" else 1)
     np.testing.assert_allclose(total, whole, rtol=1e-5)
+
+
+def test_the_divergence_of_a_part_counts_by_its_images():
+    """As in SAM's first pass on every second image: that of half a batch is a half."""
+    labels = np.zeros((8, 3), np.float32)
+    outputs = {n: logits(i, (8, 3)) for i, n in enumerate(mutual.NETWORKS)}
+    pair = mutual.make_loss(lambda own, labels: 0.0, 2.0, 1.0, batch_size=8)
+    half = {n: x[::2] for n, x in outputs.items()}
+    alone = mutual.make_loss(lambda own, labels: 0.0, 2.0, 1.0)
+    np.testing.assert_allclose(pair(half, labels[::2]), alone(half, labels[::2]) / 2)
 
 
 OPTIONS = {

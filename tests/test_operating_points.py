@@ -64,6 +64,17 @@ def test_a_wanted_precision_with_the_most_recall(wanted, ties):
                 assert right / said == max(r / said for r, said, _ in all_of_them)
 
 
+def test_reached_is_said_of_the_thresholds_that_are_given():
+    for seed in range(10):
+        p, y = some(seed)
+        for name in ("precision", "recall"):
+            found = choose(p, y, **{name: 0.8})
+            for c, threshold in enumerate(found.thresholds):
+                right, said, _ = counts(p[:, c], y[:, c], threshold)
+                of = said if name == "precision" else (y[:, c] == 1).sum()
+                assert found.reached[c] == (right > 0 and right >= 0.8 * of - 1e-9)
+
+
 @pytest.mark.parametrize("wanted", [0.3, 0.8, 1.0])
 def test_a_wanted_recall_with_the_most_precision(wanted):
     for seed in range(5):

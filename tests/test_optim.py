@@ -104,6 +104,8 @@ def test_parameter_groups():
         "layers": {"0": {"norm1": {"weight": jnp.ones((2, 2))}}},
         "attention": {"in_proj_bias": jnp.ones((3, 4))},
         "query_embed": {"weight": jnp.ones((5, 4))},
+        "pos_embed": jnp.ones((1, 5, 4)),
+        "cls_token": jnp.ones((1, 1, 4)),
     }
     is_bias, is_decayed = optim.parameter_groups(params)
     assert is_bias == {
@@ -112,6 +114,8 @@ def test_parameter_groups():
         "layers": {"0": {"norm1": {"weight": False}}},
         "attention": {"in_proj_bias": True},
         "query_embed": {"weight": False},
+        "pos_embed": False,
+        "cls_token": False,
     }
     decayed = jax.tree.map_with_path(
         lambda path, flag: jax.tree_util.keystr(path) if flag else None, is_decayed

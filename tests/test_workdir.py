@@ -12,8 +12,18 @@ def test_new_empty_and_same_are_opened(tmp_path):
     folder = workdir.open_for_training(str(tmp_path / "a" / "b"), config)
     assert workdir.read_config(folder).to_dict() == config.to_dict()
     config.train.log_every += 1  # may change: it does not touch what is computed
+    config.data.on_error = "skip"  # what the message about a broken image advises
     assert workdir.open_for_training(str(folder), config) == folder
-    assert workdir.read_config(folder).train.log_every == config.train.log_every
+    assert workdir.read_config(folder).data.on_error == "stop"  # not yet
+    workdir.keep_config(folder, config)
+    assert workdir.read_config(folder).to_dict() == config.to_dict()
+
+
+def test_what_a_kill_leaves_of_the_first_file_is_no_other_run(tmp_path):
+    config = configs.load("configs/shapes.py")
+    (tmp_path / ".config.json.part").write_text("{")
+    folder = workdir.open_for_training(str(tmp_path), config)
+    assert workdir.read_config(folder).to_dict() == config.to_dict()
 
 
 def test_another_config_is_refused_and_left_alone(tmp_path):

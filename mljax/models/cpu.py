@@ -87,13 +87,19 @@ def _output_size(x: jax.Array, kernel: int, stride: int, pads: Pads) -> tuple[in
 def _shifted(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.Array:
     kernel = weight.shape[0]
     height, width = _output_size(x, kernel, stride, pads)
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    weight = weight.astype(_wide(x))
     met = (
-        _tap(x, i, j, (height, width), stride) * weight[i, j, 0]
+        _tap(padded, i, j, (height, width), stride) * weight[i, j, 0]
         for i in range(kernel)
         for j in range(kernel)
     )
-    return functools.reduce(operator.add, met)
+    return functools.reduce(operator.add, met).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+    """What sums of half-precision numbers are taken in, as convolutions do."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def stem_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.Array:
@@ -110,6 +116,19 @@ def stem_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.A
     met = [_tap(x, i, j, (height, width), stride) for i, j in taps]
     flat = jnp.concatenate(met, -1).reshape(-1, len(taps) * x.shape[-1])
     return (flat @ weight.reshape(-1, outputs)).reshape(-1, height, width, outputs)
+
+
+def patch_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A convolution whose windows lie side by side, as one matrix product.
+
+    x [batch, k H, k W, C], weight [k, k, C, D] -> [batch, H, W, D].
+    """
+    (batch, height, width, channels), kernel = x.shape, weight.shape[0]
+    rows, columns = height // kernel, width // kernel
+    x = x.reshape(batch, rows, kernel, columns, kernel, channels)
+    flat = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * rows * columns, -1)
+    outputs = weight.shape[-1]
+    return (flat @ weight.reshape(-1, outputs)).reshape(batch, rows, columns, outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -141,6 +160,7 @@ def _input_gradient(g, weight, stride, pads, shape):
     columns = -(-(pads[1][0] + width) // stride)
     before = (kernel - 1) // stride
     after = [max(rows - g.shape[1], 0), max(columns - g.shape[2], 0)]
+    dtype, weight = g.dtype, weight.astype(_wide(g))
     g = jnp.pad(g, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
 
     def kind(top: int, left: int) -> jax.Array:
@@ -150,7 +170,7 @@ def _input_gradient(g, weight, stride, pads, shape):
             for i in range(top, kernel, stride)
             for j in range(left, kernel, stride)
         )
-        return functools.reduce(operator.add, met)
+        return functools.reduce(operator.add, met).astype(dtype)
 
     kinds = range(stride)
     x = jnp.stack(

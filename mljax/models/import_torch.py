@@ -22,7 +22,11 @@ from mljax.models.torch_files import to_numpy
 Shapes = Mapping[str, tuple[int, ...]]
 
 _COUNTER = "num_batches_tracked"  # torch's BatchNorm counts steps; nothing reads it
-_CLASSIFIERS = ("classifier.", "fc.", "head.")  # timm's names of a network's last layer
+# What has a part for each class: timm's last layers, and in our heads.
+_CLASSIFIERS = (
+    *("classifier.", "fc.", "head.", "class_vectors"),
+    *("label_scores.", "query_embed.", "decoder.duplicate_pooling"),
+)
 # What names in heads begin with: in a file nothing else tells them from a backbone's.
 _HEADS = {"classifier", "fc", "head", "conv_head", "act2", "A", "inp", "gc1", "gc2"}
 _HEADS |= {"decoder", "encoder", "input_proj", "query_embed", "label_scores"}
@@ -51,7 +55,9 @@ def load(module: nnx.Module, state_dict: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def load_pretrained(module: Classifier, state_dict: Mapping[str, Any]) -> list[str]:
+def load_pretrained(
+    module: Classifier, state_dict: Mapping[str, Any], other_classes: bool = False
+) -> list[str]:
     """Starts fine-tuning: loads what `match` says and returns its notes.
 
     The module is unchanged if UserError is raised, as in `load`.
@@ -65,18 +71,23 @@ def load_pretrained(module: Classifier, state_dict: Mapping[str, Any]) -> list[s
         return name in head or (other and name not in backbone)
 
     own = getattr(module.head, "from_data", ())
-    names, more = match(_shapes(wanted), _shapes(given), in_head, own)
+    shapes = _shapes(wanted), _shapes(given)
+    names, more = match(*shapes, in_head, own, other_classes)
     for name in names:
         wanted[name].assign(given[name])
     return notes + more
 
 
 def match(
-    wanted: Shapes, given: Shapes, in_head: Callable[[str], bool], own: tuple[str, ...]
+    wanted: Shapes,
+    given: Shapes,
+    in_head: Callable[[str], bool],
+    own: tuple[str, ...],
+    other_classes: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Which tensors of `given` to start from, and a note on each thing left out.
 
-    The backbone must be complete. A last layer of another kind or number of classes is
+    The backbone must be complete. A last layer of another kind or other classes is
     left as it is, and so are parts of the head that the other one does not have or
     has in another shape, except `conv_head`, which belongs to timm's last layer.
 
@@ -84,7 +95,10 @@ def match(
       wanted: name -> shape of what the model has.
       given: name -> shape of the weights to start from.
       in_head: whether a tensor of this name belongs to a head.
-      own: names that are never taken, because this run's data decides them.
+      own: names that are never taken, because this run's data decides them. A head
+        with some has nothing else that belongs to a class.
+      other_classes: the weights are for as many classes with other names, or in
+        another order.
 
     Raises UserError, one line with every tensor that must fit and does not.
     """
@@ -92,11 +106,11 @@ def match(
     wanted = {name: shape for name, shape in wanted.items() if name not in own}
     given = {name: shape for name, shape in given.items() if name not in own}
     last, other = _last(wanted, in_head), _last(given, in_head)
-    if last != other:
-        notes.append(
-            f"the classifier was not loaded: the weights have {_describe(other)}, the "
-            f"model {_describe(last)}"
-        )
+    if last != other or (other_classes and not own):
+        why = f"the weights have {_describe(other)}, the model {_describe(last)}"
+        if last == other:
+            why = "the weights are for other classes, or for these in another order"
+        notes.append(f"the classifier was not loaded: {why}")
         wanted = {name: wanted[name] for name in wanted if name not in last}
         given = {name: given[name] for name in given if name not in other}
     of_timm = any(name.startswith("classifier.") for name in other)

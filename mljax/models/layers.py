@@ -170,7 +170,8 @@ class Conv(nnx.Module):
     """2-D convolution: [batch, H, W, inputs] -> [batch, H', W', outputs].
 
     weight [kernel, kernel, inputs, outputs], drawn N(0, 2 / (kernel^2 outputs)) as
-    timm does for its efficient networks and for ResNets; bias zero.
+    timm does for its efficient networks and for ResNets; bias zero. With `uniform` both
+    are drawn as torch.nn.Conv2d does, from -b to b, b = (kernel^2 inputs)^-1/2.
     """
 
     torch_axes = {"weight": (2, 3, 1, 0)}  # OIHW -> HWIO
@@ -184,13 +185,24 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: Padding = 0,
         bias: bool = False,
+        uniform: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         shape = (kernel, kernel, inputs, outputs)
+        bound = (kernel * kernel * inputs) ** -0.5
         std = math.sqrt(2 / (kernel * kernel * outputs))
-        self.weight = nnx.Param(draw(rngs, "normal", shape, std, dtype))
-        self.bias = nnx.Param(constant(0, outputs, dtype)) if bias else None
+        self.weight = nnx.Param(
+            draw(rngs, "uniform", shape, bound, dtype)
+            if uniform
+            else draw(rngs, "normal", shape, std, dtype)
+        )
+        if not bias:
+            self.bias = None
+        elif uniform:
+            self.bias = nnx.Param(draw(rngs, "uniform", (outputs,), bound, dtype))
+        else:
+            self.bias = nnx.Param(constant(0, outputs, dtype))
         self.kernel, self.stride = kernel, stride
         self.padding, self.dtype = _check_padding(padding), dtype
 
@@ -206,7 +218,11 @@ class Conv(nnx.Module):
             pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
             plain = functools.partial(_convolve, stride=self.stride, pads=pads)
             if x.shape[-1] <= 4 and self.kernel > 1:
+                few: Callable[..., jax.Array]
                 few = functools.partial(cpu.stem_conv, stride=self.stride, pads=pads)
+                apart = self.kernel == self.stride and not np.any(pads)
+                if apart and not any(side % self.kernel for side in x.shape[1:3]):
+                    few = cpu.patch_conv
                 x = cpu.choose(few, plain, x, weight)
             else:
                 x = plain(x, weight)

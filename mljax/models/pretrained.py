@@ -1,6 +1,6 @@
 """Weights of a model from elsewhere: `init_from`, and a checkpoint as a module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ Tree = dict[str, Any]
 
 
 def load(
-    init_from: str, make_model: Callable[[], Classifier]
+    init_from: str,
+    make_model: Callable[[], Classifier],
+    class_names: Sequence[str] = (),
 ) -> tuple[Tree, Tree, list[str]]:
     """Weights of `make_model()` with those of `init_from` in place.
 
@@ -27,6 +29,8 @@ def load(
         init_from: a timm `.safetensors` or `.pth` file, `hf://OWNER/NAME`, a work
             directory, one saved step, or "" for random weights.
         make_model: builds the model with random weights.
+        class_names: of this model. A classifier for as many others is not taken over,
+            where the weights tell theirs.
 
     Returns:
         params and batch_stats as nested dicts, and a line for each thing that was not
@@ -42,10 +46,12 @@ def load(
     if init_from.startswith(hub.PREFIX):
         path = hub.fetch(init_from)
     elif path.is_dir():
-        return _from_directory(path, model)
+        return _from_directory(path, model, class_names)
     weights = torch_files.read(path)
     try:
-        notes = import_torch.load_pretrained(model, weights.tensors)
+        notes = import_torch.load_pretrained(
+            model, weights.tensors, _are_others(weights.class_names, class_names)
+        )
     except UserError as error:
         raise UserError(f"config.init_from = {init_from}: {error}") from error
     return *split(model), weights.notes + notes
@@ -97,9 +103,20 @@ def _other_version(folder: Path, error: UserError) -> UserError:
     )
 
 
-def _from_directory(path: Path, model: Classifier) -> tuple[Tree, Tree, list[str]]:
+def _are_others(given: Sequence[str] | None, wanted: Sequence[str]) -> bool:
+    """Whether these are names, and not those of the model."""
+    if not given or not wanted:
+        return False
+    # What import_weights calls classes that nobody has named.
+    numbers = [str(i) for i in range(len(given))]
+    return list(given) not in (list(wanted), numbers)
+
+
+def _from_directory(
+    path: Path, model: Classifier, class_names: Sequence[str]
+) -> tuple[Tree, Tree, list[str]]:
     """As `load`, by the same rules as for a file (`import_torch.match`)."""
-    found, _ = checkpoint.load_variables(checkpoint.find_best(path.absolute()))
+    found, about = checkpoint.load_variables(checkpoint.find_best(path.absolute()))
     params, batch_stats = split(model)
     target = flatten_dict({"params": params, "batch_stats": batch_stats})
     places, given = _by_name(target), _by_name(flatten_dict(found))
@@ -111,6 +128,7 @@ def _from_directory(path: Path, model: Classifier) -> tuple[Tree, Tree, list[str
             {name: np.shape(source[key]) for name, key in given.items()},
             head.__contains__,
             getattr(model.head, "from_data", ()),
+            _are_others(about["class_names"], class_names),
         )
     except UserError as error:
         raise UserError(f"config.init_from = {path}: {error}") from error

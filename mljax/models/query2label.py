@@ -116,7 +116,9 @@ class Query2Label(nnx.Module):
         if dim % 4:
             raise ValueError(f"dim = {dim}: must be a multiple of 4")
         shared: dict[str, Any] = dict(dropout=dropout, dtype=dtype, rngs=rngs)
-        self.input_proj = Conv(features, dim, 1, bias=True, dtype=dtype, rngs=rngs)
+        self.input_proj = Conv(
+            features, dim, 1, bias=True, uniform=True, dtype=dtype, rngs=rngs
+        )
         self.query_embed = LabelQueries(num_classes, dim, dtype=dtype, rngs=rngs)
         self.encoder = Stack(
             EncoderLayer(dim, heads, feedforward, **shared)

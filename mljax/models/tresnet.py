@@ -50,12 +50,15 @@ def blur_pool(x: jax.Array) -> jax.Array:
     A filter along rows, then along columns, each as a sum of three slices: on CPU far
     faster than a grouped convolution.
     """
+    dtype = x.dtype
+    x = x.astype(jnp.promote_types(dtype, jnp.float32))  # sums, rounded once
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     height, width = x.shape[1] - 2, x.shape[2] - 2  # without the borders
     x = (x[:, 0:height:2] + 2 * x[:, 1 : height + 1 : 2] + x[:, 2 : height + 2 : 2]) / 4
-    return (
+    x = (
         x[:, :, 0:width:2] + 2 * x[:, :, 1 : width + 1 : 2] + x[:, :, 2 : width + 2 : 2]
     ) / 4
+    return x.astype(dtype)
 
 
 def halve(x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ for 224 pixels work at 448 as they are.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,8 @@ class PatchEmbed(nnx.Module):
     """16 x 16 patches to tokens: [b, H, W, 3] -> [b, H / 16, W / 16, dim]."""
 
     def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.proj = Conv(3, dim, PATCH, stride=PATCH, bias=True, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = dict(stride=PATCH, bias=True, uniform=True)
+        self.proj = Conv(3, dim, PATCH, **options, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return self.proj(images)
