@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from side_by_side import PAUSE, ROOT, Worker, answer, as_trained, flags, peer, save
+from side_by_side import PAUSE, ROOT, Worker, answer, as_trained, flags, save
 
 PEER = Path(__file__).with_name("torch_end_to_end.py")
 # Photos, and pixels of all; the others are the same files under other names.
@@ -83,7 +83,7 @@ def main() -> None:
         own = [*shared, "--set", *args.set]
         workers = {"mljax": Worker([sys.executable, __file__, *own])}
         if args.torch_python:
-            workers["torch"] = peer(args.torch_python, PEER, shared)
+            workers["torch"] = Worker([args.torch_python, str(PEER), *shared])
         runs: dict[str, dict[str, list[Any]]] = {}
         for _ in range(args.rounds):
             for name, worker in workers.items():

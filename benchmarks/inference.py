@@ -29,7 +29,6 @@ from side_by_side import (
     fastest,
     flags,
     in_turns,
-    peer,
     same,
     save,
     summary,
@@ -81,7 +80,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         workers = {"mljax": Worker([*own, "mljax"])}
         if args.torch_python:
             shared += flags(args, ["compile"])
-            workers["torch"] = peer(args.torch_python, PEER, shared)
+            workers["torch"] = Worker([args.torch_python, str(PEER), *shared])
         # It computes on the CPU; a second JAX would take the GPU's memory.
         workers["onnx"] = Worker([*own, "onnx"], JAX_PLATFORMS="cpu")
         outputs = {

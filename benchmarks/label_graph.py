@@ -29,7 +29,6 @@ from side_by_side import (
     as_trained,
     flags,
     in_turns,
-    peer,
     same,
     save,
     summary,
@@ -86,7 +85,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         shared = ["--worker", folder, *flags(args, names)]
         workers = {"mljax": Worker([sys.executable, __file__, *shared])}
         if args.torch_python:
-            workers["torch"] = peer(args.torch_python, PEER, shared)
+            workers["torch"] = Worker([args.torch_python, str(PEER), *shared])
             ours, peers = (w.about["losses"] for w in workers.values())
             for name in ours:
                 same(f"the losses of {name}", ours[name], peers[name], 1e-3)

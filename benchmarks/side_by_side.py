@@ -78,13 +78,13 @@ class Worker:
         self.process.wait()
 
 
-def peer(python: str, script: Path, flags: list[str]) -> Worker:
-    """A worker of PyTorch, with the allocator set up as mljax sets it up for itself,
-    which makes it faster as well (on CPU: huge pages, memory kept between steps)."""
+def our_allocator() -> dict[str, str]:
+    """The environment with which mljax restarts itself: huge pages, memory that is kept
+    between steps. Empty where it does not."""
     sys.path.insert(0, str(ROOT))
     from mljax import memory
 
-    return Worker([python, str(script), *flags], **memory.tunables())
+    return memory.tunables()
 
 
 def answer(about: dict[str, Any], runs: Mapping[str, Callable[[], Any]]) -> None:

@@ -33,6 +33,8 @@ def load(
     config = configs.from_dict(about["config"])
     if root is not None:
         config.data.root = root
+    if not config.data.root and config.data.name not in ("shapes", "tfds"):
+        raise UserError("--root FOLDER must say where the data is")
     configs.validate(config)
     check_names(config)
     if which == "holdout" and not config.data.holdout:
@@ -40,7 +42,10 @@ def load(
             "--data holdout: the run held nothing out of train (config.data.holdout = "
             "0); use --data val"
         )
-    sources = DATASETS[config.data.name](config.data, config.seed)
+    try:
+        sources = DATASETS[config.data.name](config.data, config.seed)
+    except UserError as error:
+        raise UserError(f"{error} (here: --root FOLDER)") from error
     source, name = sources.val, "val"
     if which != "val" and sources.holdout is not None:
         source, name = sources.holdout, f"{config.data.holdout:.0%} held out of train"

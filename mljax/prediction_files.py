@@ -165,7 +165,12 @@ def writer(output: str) -> Iterator[Writer]:
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
-        file = part.open("w", encoding="utf-8", newline="" if kind == ".csv" else None)
+        file = part.open(
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",  # names of files need not be UTF-8
+            newline="" if kind == ".csv" else None,
+        )
     except OSError as error:
         raise _unwritable("--output", path, error) from None
     try:

@@ -220,6 +220,18 @@ def test_label_columns_by_name(tmp_path):
     np.testing.assert_array_equal(sources.train.labels, TRAIN[:, [0, 2]])
 
 
+def test_a_label_column_without_a_name_is_not_dropped(tmp_path):
+    config = source_trees.write("table", tmp_path)
+    file = tmp_path / "train.csv"
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([f"{head},", *(f"{line},1" for line in lines)]))
+    number = len(head.split(",")) + 1
+    with pytest.raises(UserError, match=rf"column {number} has no name; .*columns"):
+        load(config)
+    config.table.columns = "cat, ant"
+    assert load(config).train.class_names == ["ant", "cat"]
+
+
 def test_nuswide_images_in_one_folder(tmp_path):
     config = source_trees.write("nuswide", tmp_path)
     for file in (tmp_path / "Flickr/trainer").iterdir():

@@ -175,6 +175,17 @@ def test_csv_of_a_folder(checkpoint, photos, tmp_path, capsys):
     assert run(checkpoint, *arguments, "--overwrite") == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where a name is any bytes")
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_file_name_that_is_not_utf8(checkpoint, photos, tmp_path, kind):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(photos / "1.PNG", os.fsencode(folder) + b"/b\xff.png")
+    output = tmp_path / f"out.{kind}"
+    assert run(checkpoint, "--images", folder, "--output", output) == 0
+    assert r"b\udcff.png" in output.read_text(encoding="utf-8")
+
+
 def test_json_and_lists(checkpoint, photos, tmp_path):
     listed = photos / "list.txt"
     listed.write_text("below/3.webp\n\n1.PNG\nmissing.jpg\n")

@@ -120,9 +120,14 @@ def _label_columns(data_config: ConfigDict, table: _Table) -> list[str]:
     given = [name.strip() for name in options.columns.split(",") if name.strip()]
     for name in given:
         _column(table, name, "data.table.columns")
-    others = {options.image, options.split}
+    others = {options.image} | ({options.split} if options.split else set())
     names = _sorted(set(given) or {n for n in table.header if n not in others})
-    if not names or "" in names:
+    if "" in names:
+        raise UserError(
+            f"{table.path}, line 1: column {table.header.index('') + 1} has no name; "
+            "give it one, or name the label columns with data.table.columns"
+        )
+    if not names:
         raise UserError(
             f"{table.path}, line 1: needs a name for each label column (or name the "
             "column that lists the labels with data.table.labels)"
