@@ -128,7 +128,7 @@ def _from_directory(
             {name: np.shape(source[key]) for name, key in given.items()},
             head.__contains__,
             getattr(model.head, "from_data", ()),
-            _are_others(about["class_names"], class_names),
+            _are_others(about.get("class_names"), class_names),
         )
     except UserError as error:
         raise UserError(f"config.init_from = {path}: {error}") from error
