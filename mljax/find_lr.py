@@ -40,8 +40,12 @@ _SCHEDULE |= {"cycle_momentum", "freeze_epochs", "accumulate"}
 _REACH = {"range": 1000.0, "tpe": 10.0}
 
 
-def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
+def resolve(
+    config: ConfigDict, stored: ConfigDict | None = None
+) -> tuple[ConfigDict, str]:
     """The config with the learning rate of `optim.lr_from`, and a line that says so.
+
+    stored: the config of a run that goes on; it has that learning rate already.
 
     Raises:
         UserError: there is no result, or it was found for another optimisation, so that
@@ -50,6 +54,10 @@ def resolve(config: ConfigDict) -> tuple[ConfigDict, str]:
     where = config.optim.lr_from
     if not where:
         return config, ""
+    if stored is not None and stored.optim.lr_from == where:
+        config = configs.from_dict(config.to_dict())
+        config.optim.lr = stored.optim.lr
+        return config, f"lr:      {stored.optim.lr:g}, as this run began"
     file = Path(where) / RESULT if Path(where).is_dir() else Path(where)
     try:
         found = json.loads(file.read_text())

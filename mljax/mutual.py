@@ -111,31 +111,31 @@ def mean_kl(target: jax.Array, own: jax.Array, labels: jax.Array) -> jax.Array:
 def load(
     config: ConfigDict,
     make_model: Callable[..., Classifier],
-    class_names: Sequence[str] = (),
+    class_names: Sequence[str],
+    init_from: str,
 ) -> tuple[Tree, Tree, list[str]]:
     """What the run starts from: see `pretrained.load`; two of them for a pair.
 
     Args:
-        config: `init_from`, `seed` and `mutual.weight` are read.
+        config: `seed` and `mutual.weight` are read.
         make_model: (seed) -> the model with random weights.
         class_names: of this run.
+        init_from: as `config.init_from`.
 
     Raises:
         UserError: as `pretrained.load`, or `init_from` leaves nothing at random, so
             that both networks would be the same.
     """
-    params, batch_stats, notes = pretrained.load(
-        config.init_from, make_model, class_names
-    )
+    params, batch_stats, notes = pretrained.load(init_from, make_model, class_names)
     if not config.mutual.weight:
         return params, batch_stats, notes
     params_two, stats_two, _ = pretrained.load(
-        config.init_from, partial(make_model, config.seed + 1), class_names
+        init_from, partial(make_model, config.seed + 1), class_names
     )
     same = jax.tree.map(np.array_equal, params, params_two)
     if all(jax.tree.leaves(same)):
         raise UserError(
-            f"config.init_from = {config.init_from}: gives both networks of "
+            f"config.init_from = {init_from}: gives both networks of "
             "config.mutual the same weights, so they have nothing to learn from each "
             "other; start from weights without a classifier, or of other classes"
         )

@@ -16,6 +16,7 @@ from mljax.models.functional import NETWORKS
 from mljax.progress import Progress
 from mljax.run import Run, for_use
 from mljax.step import TrainState
+from mljax.terminal import Terminal
 
 _FIGURES = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
@@ -185,3 +186,48 @@ def picture(run: Run, folder: Path, source: Source, variables: dict) -> Path:
         run.class_names,
     )
     return file
+
+
+def finish(
+    run: Run,
+    folder: Path,
+    sources: Sources,
+    progress: Progress,
+    history: list[dict[str, Any]],
+    chosen_on: str,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """The table and the picture of the best weights; with a held-out part of train,
+    their metrics on val, which had no say in the choice."""
+    run, variables, _ = best_weights(run, folder)
+    best = progress.best or {}
+    more = {}
+    val = sources.val
+    figures, per_class = best, best["per_class"]
+    if sources.holdout is not None:
+        scores = run.scores({"best": variables}, val)
+        progress.unreadable.update(evaluate.unreadable(scores, val.names))
+        terminal.unreadable(progress)
+        workdir.write_unreadable(folder, progress.unreadable)
+        report = evaluate.report(scores["best"], run.probabilities)
+        figures, per_class = report, report.pop("per_class")
+        more["val"] = {
+            **report,
+            "per_class": dict(zip(run.class_names, per_class, strict=True)),
+        }
+    summary = write_summary(
+        folder, progress, history, run.class_names, chosen_on, **more
+    )
+    terminal.say("")
+    terminal.say(table(run.class_names, per_class, val, figures))
+    terminal.say(
+        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights"
+        f"{' of network ' + best['network'] if run.is_pair else ''} at epoch "
+        f"{best['epoch']}, chosen on {chosen_on}"
+    )
+    if figure := run.config.published_mAP:
+        known = f"mAP {figure:.2f}" if figure > 0 else "no figure is known"
+        terminal.say(f"published for this recipe: {known}")
+    file = picture(run, folder, val, variables)
+    terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")
+    return summary

@@ -70,8 +70,12 @@ class Setup(NamedTuple):
 def setup(
     config: ConfigDict,
     change: Callable[[optim.Optimizer], optim.Optimizer] = lambda same: same,
+    resumes: bool = False,
 ) -> Setup:
     """All that training needs; `change` is applied to the optimiser.
+
+    resumes: the weights come from a checkpoint, so that `config.init_from`, which may
+    be gone from a machine that took over, is not read.
 
     Raises:
         UserError: the data, the weights or the devices do not fit.
@@ -84,7 +88,8 @@ def setup(
     loss_fn = make_loss(config, names)
     graph = label_graph_data.build(config, source)
     run = make_run(config, names, graph)
-    params, batch_stats, notes = mutual.load(config, run.make_model, names)
+    init_from = "" if resumes else config.init_from
+    params, batch_stats, notes = mutual.load(config, run.make_model, names, init_from)
     steps_per_epoch = pipeline.steps_per_epoch(len(source), config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     thaw_step = config.optim.freeze_epochs * steps_per_epoch
@@ -195,10 +200,17 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         UserError: the data, the weights, the devices or the work directory do not fit.
         Stopped: it was asked to stop (SIGTERM, Ctrl-C) and has saved its last step.
     """
+    with workdir.Lock(path) as lock:
+        return _train(config, path, lock)
+
+
+def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     started = time.perf_counter()
-    config, found = find_lr.resolve(config)
+    resumes = workdir.holds_checkpoint(path)
+    stored = workdir.read_config(Path(path)) if resumes else None
+    config, found = find_lr.resolve(config, stored)
     # All that can be wrong is found before the work directory is touched.
-    made = setup(config)
+    made = setup(config, resumes=resumes)
     sources, run, graph = made.sources, made.run, made.graph
     steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
     source, names = sources.train, sources.train.class_names
@@ -206,6 +218,7 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
     folder = Path(path).absolute()
     if jax.process_index() == 0:
         workdir.open_for_training(path, config)
+        lock.take()
     hosts.wait("work directory")
     workdir.check_shared(path)
     about = {
@@ -224,7 +237,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
         progress = Progress.from_dict(saved["progress"])
         state = last.load(start, made.state)
     else:
-        state = made.initial()
+        # There were checkpoints, and none of them is whole.
+        state = (setup(config) if resumes else made).initial()
     workdir.keep_config(folder, config)
     # What came after the last whole checkpoint is computed again, to the same bits.
     best.drop_after(start)
@@ -350,51 +364,8 @@ def train(config: ConfigDict, path: str) -> dict[str, Any]:
             terminal.restart_clock()
     last.close()
     best.close()
-    summary = finish(run, folder, sources, progress, history, made.chosen_on, terminal)
+    summary = results.finish(
+        run, folder, sources, progress, history, made.chosen_on, terminal
+    )
     terminal.close()
-    return summary
-
-
-def finish(
-    run: Run,
-    folder: Path,
-    sources: Sources,
-    progress: Progress,
-    history: list[dict[str, Any]],
-    chosen_on: str,
-    terminal: Terminal,
-) -> dict[str, Any]:
-    """The table and the picture of the best weights; with a held-out part of train,
-    their metrics on val, which had no say in the choice."""
-    run, variables, _ = results.best_weights(run, folder)
-    best = progress.best or {}
-    more = {}
-    val = sources.val
-    figures, per_class = best, best["per_class"]
-    if sources.holdout is not None:
-        scores = run.scores({"best": variables}, val)
-        progress.unreadable.update(evaluate.unreadable(scores, val.names))
-        terminal.unreadable(progress)
-        workdir.write_unreadable(folder, progress.unreadable)
-        report = evaluate.report(scores["best"], run.probabilities)
-        figures, per_class = report, report.pop("per_class")
-        more["val"] = {
-            **report,
-            "per_class": dict(zip(run.class_names, per_class, strict=True)),
-        }
-    summary = results.write_summary(
-        folder, progress, history, run.class_names, chosen_on, **more
-    )
-    terminal.say("")
-    terminal.say(results.table(run.class_names, per_class, val, figures))
-    terminal.say(
-        f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights"
-        f"{' of network ' + best['network'] if run.is_pair else ''} at epoch "
-        f"{best['epoch']}, chosen on {chosen_on}"
-    )
-    if figure := run.config.published_mAP:
-        known = f"mAP {figure:.2f}" if figure > 0 else "no figure is known"
-        terminal.say(f"published for this recipe: {known}")
-    file = results.picture(run, folder, val, variables)
-    terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")
     return summary

@@ -1,11 +1,13 @@
 """A work directory: its lock on one config, and files that are never half-written."""
 
+import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ml_collections import ConfigDict
 
@@ -16,7 +18,9 @@ CONFIG = "config.json"
 HISTORY = "metrics.jsonl"
 SUMMARY = "metrics.json"
 UNREADABLE = "unreadable.txt"
+_LOCK = ".lock"
 _PART = ".part"
+_LAST_SAVE = 30.0  # seconds in which a run that was told to stop may still be saving
 
 # Keys that a run may change between a stop and the next start: they do not touch
 # what is computed, or only where it could not go on otherwise.
@@ -62,6 +66,60 @@ def open_for_training(path: str, config: ConfigDict) -> Path:
         workdir.mkdir(parents=True, exist_ok=True)
         keep_config(workdir, config)
     return workdir
+
+
+def holds_checkpoint(path: str) -> bool:
+    """Whether a run has saved a step there from which it can go on."""
+    folder = Path(path) / "checkpoints"
+    steps = folder.glob("[0-9]*")
+    return (Path(path) / CONFIG).exists() and any(f.name.isdigit() for f in steps)
+
+
+class Lock:
+    """Of a work directory: two runs in it would overwrite each other's checkpoints.
+
+    The system takes it back whenever the process ends. Where the file system has no
+    locks (some buckets), nothing is locked.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def take(self, patience: float = _LAST_SAVE) -> None:
+        """Waits up to `patience` seconds for another run to end.
+
+        Raises:
+            UserError: it goes on.
+        """
+        self._file = (Path(self.path) / _LOCK).open("a+")
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.5)
+                    continue
+                self._file.seek(0)
+                other = self._file.read().strip() or "another process"
+                raise UserError(
+                    f"--workdir {self.path}: another run trains there ({other}); wait "
+                    "for its end, stop it, or name another directory"
+                ) from None
+            except OSError:
+                return
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
 
 
 def keep_config(workdir: Path, config: ConfigDict) -> None:

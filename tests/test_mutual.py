@@ -234,9 +234,8 @@ def test_the_better_network_counts():
 
 def test_two_networks_of_the_same_weights_are_refused(monkeypatch):
     config = get_config()
-    config.update(init_from="somewhere")
     config.mutual.weight = 1.0
     loaded = {"head": {"weight": np.ones(3)}}
     monkeypatch.setattr(mutual.pretrained, "load", lambda *_: (loaded, {}, []))
     with pytest.raises(UserError, match="init_from = somewhere: gives both networks"):
-        mutual.load(config, lambda seed=0: None)
+        mutual.load(config, lambda seed=0: None, [], "somewhere")

@@ -1,6 +1,7 @@
 """A run that is asked to stop saves its last step, says so, and goes on to the bits."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tiny_program import Tiny
 
 from mljax import config, memory, models, preemption, speed, train
 from mljax.checkpoint import Checkpoints
-from mljax.errors import Stopped
+from mljax.errors import Stopped, UserError
 from mljax.terminal import Terminal
 
 
@@ -85,6 +86,35 @@ def test_killed_in_the_evaluation_that_was_left(settings, monkeypatch, tmp_path)
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 8
     train.train(settings, run)
     same_results(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_goes_on_where_what_it_began_with_is_gone(
+    settings, monkeypatch, tmp_path, capsys
+):
+    """A machine that takes over has the work directory and the data, no more."""
+    settings.epochs = 1
+    train.train(settings, str(tmp_path / "first"))
+    found = {"lr": 0.0123, "method": "tpe", "config": settings.to_dict()}
+    found["config"]["init_from"] = "weights"
+    (tmp_path / "learning_rate.json").write_text(json.dumps(found))
+    settings.init_from = str(tmp_path / "first")
+    settings.optim.lr_from = str(tmp_path / "learning_rate.json")
+    train.train(settings, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3, signal.SIGTERM)
+        train.train(settings, str(tmp_path / "run"))
+    (tmp_path / "first").rename(tmp_path / "gone")
+    (tmp_path / "learning_rate.json").unlink()
+    train.train(settings, str(tmp_path / "run"))
+    assert "lr:      0.0123, as this run began" in capsys.readouterr().out
+    same_results(tmp_path / "whole", tmp_path / "run")
+    with pytest.raises(UserError, match="lr_from = .*: there is no"):
+        train.train(settings, str(tmp_path / "another"))
+    # A folder with the name of a step is no checkpoint.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoints/3: is not a checkpoint"):
+        train.train(settings, str(tmp_path / "run"))
 
 
 def test_ctrl_c_saves_once_and_ends_at_once_the_second_time(

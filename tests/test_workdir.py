@@ -1,10 +1,15 @@
 """A work directory belongs to one config, and its files are whole or absent."""
 
+import errno
+import os
+
 import pytest
 
 from mljax import config as configs
 from mljax import workdir
 from mljax.errors import UserError
+
+PID = os.getpid()
 
 
 def test_new_empty_and_same_are_opened(tmp_path):
@@ -62,3 +67,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert file.read_text() == before
     workdir.write_unreadable(tmp_path, {"b.jpg", "a.jpg"})
     assert (tmp_path / "unreadable.txt").read_text() == "a.jpg\nb.jpg\n"
+
+
+def test_a_directory_in_which_another_run_trains_is_refused(tmp_path):
+    with workdir.Lock(str(tmp_path)) as first:
+        first.take()
+        with (
+            workdir.Lock(str(tmp_path)) as second,
+            pytest.raises(UserError, match=f"another run trains there .process {PID} "),
+        ):
+            second.take(patience=0)
+    with workdir.Lock(str(tmp_path)) as third:
+        third.take(patience=0)
+
+
+def test_no_lock_where_the_file_system_has_none(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+    with workdir.Lock(str(tmp_path)) as lock:
+        lock.take()
