@@ -8,10 +8,11 @@ A row is a layout data x fsdp. MB sent are those a device sends with ring algori
 2 (n - 1) / n of the bytes of an all-reduce, (n - 1) / n of those of an all-gather
 (counted whole), n the devices that take part.
 
-The least possible, with these two operations: every gradient is all-reduced once, and
-every parameter that is split over fsdp is gathered once, in each pass over the batch
-(SAM has two); and for each BatchNorm the sums that its mean and its variance need (what
-the gradient through them needs are the gradients of its weight and bias). With
+The least possible, with these two operations: in each pass over the batch (SAM has two)
+every gradient is all-reduced once, and for each BatchNorm the sums that its mean and
+its variance need (what the gradient through them needs are the gradients of its weight
+and bias); and every parameter that is split over fsdp is gathered once in the step: the
+first gradient is whole on each device, so that what SAM moves is computed there. With
 reduce-scatter (TPU, GPU) less would be sent under fsdp; that is not measured here.
 
 MB of state: parameters, optimiser and averages, as arguments of the compiled program.
@@ -92,8 +93,8 @@ def least(state: Any, fsdp: int, devices: int, passes: int, is_split: Any) -> fl
     channels = jax.tree.leaves(state.batch_stats)  # a mean and a variance for each
     reduced = sum(4 * x.size for x in [*params, *channels])
     gathered = sum(4 * x.size for x in params if is_split(x))
-    once = sent("all-reduce", reduced, devices) + sent("all-gather", gathered, fsdp)
-    return passes * once
+    in_a_pass = sent("all-reduce", reduced, devices)
+    return passes * in_a_pass + sent("all-gather", gathered, fsdp)
 
 
 def measure(config: Any, devices: int, fsdp: int) -> dict[str, Any]:

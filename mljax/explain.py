@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mljax import main as program
-from mljax import memory
+from mljax import memory, tables
 from mljax.errors import UserError
 from mljax.prediction_files import find_images
 
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
         for (file, photo), maps in zip(photos.items(), found, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             heatmap_pictures.draw(file, photo, maps)
-    print(f"{len(paths)} images, {unreadable} could not be read: {folder}")
+    done = tables.count(len(paths), "image")
+    print(f"{done}, {unreadable} could not be read: {folder}")
     if unreadable == len(paths):
         raise UserError(f"--images {args.images}: none of the images could be read")
 

@@ -48,9 +48,14 @@ def load(path: str | Path, batch_size: int = 32) -> "Predictor":
     from mljax.predict import Predictor
 
     path = Path(path)
-    forms = [form for form in FORMATS.values() if path.exists() and form.owns(path)]
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or directory")
+    forms = [form for form in FORMATS.values() if form.owns(path)]
     if not forms:
-        raise UserError(f"{path}: is not a model exported by mljax")
+        raise UserError(
+            f"{path}: is not a model exported by mljax (python -m mljax.export makes "
+            "one of a work directory)"
+        )
     run, about = forms[0].read(path)
     decided = decision.from_json(about["decision"], about["class_names"])
     return Predictor(lambda images: run(images)[0], about, decided, batch_size)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mljax.label_text import all_scripts, shorten, width
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -13,6 +15,10 @@ Colour = str | tuple[float, float, float, float]
 
 _MOST_LABELS = 100  # of more, those without an edge are left out
 _MOST_EDGES = 400  # of more, the strongest are drawn
+_MOST_LETTERS = 32  # of a name
+_LETTER = 0.58  # its width over the size of the font
+_SIDE = 11 * 0.96  # inches, of the place for the circle (radius 1) and the names
+_REACH = 1.42, 1.9  # from its centre to the edges; the second for long names
 
 
 def draw(
@@ -22,9 +28,10 @@ def draw(
     # The object interface: pyplot would pick a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    made = figure(class_names, cooccurrence, tau)
-    FigureCanvasAgg(made)
-    made.savefig(file)
+    with all_scripts():
+        made = figure(class_names, cooccurrence, tau)
+        FigureCanvasAgg(made)
+        made.savefig(file)
 
 
 def figure(
@@ -71,7 +78,14 @@ def figure(
     axis = made.add_axes((0.02, 0.0, 0.96, 0.91))
     axis.set_axis_off()
     axis.set_aspect("equal")
-    axis.set(xlim=(-1.42, 1.42), ylim=(-1.42, 1.42))
+    names = [shorten(name, _MOST_LETTERS) for name in class_names]
+    longest = max((width(names[i]) for i in shown), default=1)
+    size = float(np.clip(900 / max(1, len(shown)), 6, 13))
+    # The names lie between 1.03 and `reach`.
+    share = _LETTER * longest * size / (72 * _SIDE / 2)
+    reach = float(np.clip(1.03 / max(1e-3, 1 - share), *_REACH))
+    size = min(size, (1 - 1.03 / reach) * (72 * _SIDE / 2) / (_LETTER * longest))
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
     colours = LinearSegmentedColormap.from_list("edges", weak_and_strong)
     strength = ScalarMappable(Normalize(min(tau, 0.99), 1), colours)
     for i, j in sorted(np.argwhere(edges), key=lambda e: cooccurrence[tuple(e)]):
@@ -93,7 +107,6 @@ def figure(
                 linewidth=1.3,
             )
         )
-    size = float(np.clip(900 / max(1, len(shown)), 6, 13))
     for i, angle in zip(shown, angles, strict=True):
         colour = ink if linked[i] else faint
         axis.plot(*at[i], "o", color=colour, markersize=size / 3)
@@ -101,7 +114,7 @@ def figure(
         axis.text(
             x,
             y,
-            class_names[i],
+            names[i],
             color=colour,
             fontsize=size,
             rotation=np.degrees(angle) + (180 if x < 0 else 0),

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mljax.label_text import all_scripts, shorten
+
 SHEET = 24  # images on one sheet
 _COLUMNS = 6
 _SIDE = 2.2
 _MOST_LINES = 6  # under an image
+_MOST_LETTERS = 33  # in a line of these
 _COLOURS = {
     "right": "#1a7f37",
     "wrong": "#c62828",
@@ -49,7 +52,8 @@ def sheet(
         key = "labels with a probability above their thresholds"
         if above.min() == above.max():
             key = f"labels with a probability above {100 * above.min():.3g} %"
-    _draw(file, images, lines, key)
+    with all_scripts():
+        _draw(file, images, lines, key)
 
 
 def contact_sheet(
@@ -67,14 +71,16 @@ def contact_sheet(
         class_names: of the columns.
     """
     lines = []
+    names = [shorten(name, _MOST_LETTERS - 2) for name in class_names]
     for row in labels:
         present, unknown = (np.flatnonzero(row == v).tolist() for v in (1, -1))
-        found = [(class_names[i], _COLOURS["unknown"]) for i in present]
-        found += [(f"{class_names[i]} ?", _COLOURS["missed"]) for i in unknown]
+        found = [(names[i], _COLOURS["unknown"]) for i in present]
+        found += [(f"{names[i]} ?", _COLOURS["missed"]) for i in unknown]
         more = [(f"and {len(found) - 5} more", "#555555")] * (len(found) > _MOST_LINES)
         shown = found[: _MOST_LINES - len(more)] + more
         lines.append(shown or [("(none)", "#555555")])
-    _draw(file, images, lines, "the labels of each image; brown, ?: unknown")
+    with all_scripts():
+        _draw(file, images, lines, "the labels of each image; brown, ?: unknown")
 
 
 def _draw(
@@ -102,7 +108,7 @@ def _draw(
         axis.set_axis_off()
     for axis, image, texts in zip(axes, images, lines, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_anchor("N")
+        axis.set_anchor("NW")
         for line, (text, colour) in enumerate(texts):
             axis.annotate(
                 text,
@@ -133,5 +139,6 @@ def _lines(
             continue
         kind = ("right" if true else "wrong") if predicted else "missed"
         colour = _COLOURS["unknown" if t is None else kind]
-        found.append((f"{class_names[i]} {100 * p[i]:.0f}", colour))
+        name = shorten(class_names[i], _MOST_LETTERS - 4)
+        found.append((f"{name} {100 * p[i]:.0f}", colour))
     return found[:_MOST_LINES] or [("(none)", "#555555")]

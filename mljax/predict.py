@@ -23,6 +23,7 @@ from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
 from mljax.prediction_files import FORMATS, Row, check_writable, find_images, writer
+from mljax.tables import count
 
 if TYPE_CHECKING:
     from mljax.decision import Decision
@@ -242,7 +243,8 @@ def run(args: argparse.Namespace) -> None:
             elif i in shown:
                 rows.append(row)
             _progress(i + 1, len(paths))
-    print(f"{len(paths)} images, {unreadable} could not be read: {args.output}")
+    done = count(len(paths), "image")
+    print(f"{done}, {unreadable} could not be read: {args.output}")
     if args.show and rows:
         _draw(Path(args.show), rows, model, args.threshold)
         print(f"picture: {args.show}")

@@ -15,7 +15,9 @@ from mljax.errors import UserError
 
 FORMATS = (".csv", ".json", ".jsonl")
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".xml", ".parquet", ".xlsx")
 _BETWEEN = ";"  # labels in a cell of a CSV file
+_FIXED = ("path", "labels", "error")  # its other columns
 
 
 class Row(NamedTuple):
@@ -47,7 +49,9 @@ def find_images(what: str) -> list[str]:
         found = sorted(
             str(file)
             for file in path.rglob("*")
-            if file.suffix.lower() in _IMAGES and file.is_file()
+            if file.suffix.lower() in _IMAGES
+            and file.is_file()
+            and not file.name.startswith("._")  # what macOS leaves beside a file
         )
         if not found:
             raise UserError(
@@ -69,6 +73,11 @@ def find_images(what: str) -> list[str]:
 
 
 def _read_list(path: Path) -> list[str]:
+    if path.suffix.lower() in _TABLES:
+        raise UserError(
+            f"--images {path}: is neither an image nor a text file with a path a line; "
+            "name the folder of the images, or make such a list"
+        )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -85,7 +94,8 @@ def _read_list(path: Path) -> list[str]:
 class Writer:
     """Writes one row an image, in the format that the name of the file asks for.
 
-    CSV: path, labels (between semicolons), a column for each class, error. JSON: a
+    CSV: path, labels (between semicolons; as JSON lists where the name of a class has
+    a semicolon), a column for each class (p(path) for one called path), error. JSON: a
     list of objects; JSON lines: the same objects, one a line.
     """
 
@@ -97,7 +107,9 @@ class Writer:
     def begin(self, class_names: list[str]) -> None:
         self._names = class_names
         if self._kind == ".csv":
-            self._csv.writerow(["path", "labels", *class_names, "error"])
+            path, labels, error = _FIXED
+            columns = [f"p({n})" if n in _FIXED else n for n in class_names]
+            self._csv.writerow([path, labels, *columns, error])
         elif self._kind == ".json":
             self._file.write("[")
 
@@ -108,6 +120,8 @@ class Writer:
         if self._kind == ".csv":
             cells = numbers or [""] * len(self._names)
             joined = _BETWEEN.join(labels)
+            if any(_BETWEEN in name for name in self._names):
+                joined = json.dumps(labels, ensure_ascii=False)
             self._csv.writerow([row.path, joined, *cells, row.error])
             return
         entry: dict[str, object] = {"path": row.path, "error": row.error}

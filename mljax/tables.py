@@ -1,4 +1,4 @@
-"""Long tables on the terminal."""
+"""Tables and counts on the terminal."""
 
 from collections.abc import Sequence
 
@@ -14,3 +14,8 @@ def ends(lines: Sequence[str], file: str) -> list[str]:
         return list(lines)
     left_out = f"... {len(lines) - 2 * _END} more: {file}"
     return [*lines[:_END], left_out, *lines[-_END:]]
+
+
+def count(number: int, thing: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -149,8 +149,7 @@ def _probabilities(
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.splits < 1:
-        raise UserError(f"--splits={args.splits}: must be at least 1")
+    _check(args)
     from mljax import checkpoint, compile_cache
 
     step = checkpoint.find_best(Path(args.checkpoint).absolute())
@@ -182,6 +181,19 @@ def run(args: argparse.Namespace) -> None:
     print(_gain_table(found))
     written = decision.save(step, names, decided._replace(about=about))
     print(f"written: {written}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.splits < 1:
+        raise UserError(f"--splits={args.splits}: must be at least 1")
+    for flag in ("precision", "recall"):
+        wanted = getattr(args, flag)
+        if wanted is not None and not 0 < wanted <= 1:
+            raise UserError(f"--{flag}={wanted}: must be above 0 and at most 1")
+    if not 0 < args.beta < float("inf"):
+        raise UserError(f"--beta={args.beta}: must be above 0 and finite")
+    if not 0 <= args.shrink < float("inf"):
+        raise UserError(f"--shrink={args.shrink}: must be at least 0 and finite")
 
 
 def _scores(

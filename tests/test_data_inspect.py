@@ -20,7 +20,7 @@ from test_data_decode import exif_bytes
 
 from mljax import config as configs
 from mljax import workdir
-from mljax.data import inspect
+from mljax.data import inspect, inspect_findings
 from mljax.run import make_loss
 
 ROGUE = '<script>alert(1)</script> & "é" $x$'
@@ -276,6 +276,19 @@ def test_positives_and_unknown_labels_only(tmp_path):
     assert "val: 2 labels without a known negative, whose AP is 100" in looks
     # Nothing is known of the third image but that it has no c.
     assert "without any label" not in texts(report, "note")
+
+
+def test_names_that_look_like_a_slip():
+    names = ["cat", "Cat", "traffic light", "traffic_light", "C++", "C#", "café"]
+    (text,) = inspect_findings.odd_names(names)
+    assert (
+        text.startswith("2 labels in several spellings: ") and "'cat' and 'Cat'" in text
+    )
+    assert inspect_findings.odd_names([*"abc", "C"]) != []
+    (text,) = inspect_findings.odd_names(["dog ", "a\nb", "ok"])
+    assert text.startswith("2 labels with blanks") and r"'a\nb'" in text
+    assert inspect_findings.odd_names(["cafe\u0301", "café"]) != []
+    assert inspect_findings.odd_names(["人", "人々", "traffic light"]) == []
 
 
 def test_a_name_that_is_no_text(tmp_path):

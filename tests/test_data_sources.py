@@ -212,6 +212,27 @@ def test_lines_of_one_image_add_up(tmp_path):
     assert "1 images are listed more than once with other labels" in source.notes[0]
 
 
+def test_what_separates_cells_and_labels_otherwise_is_told(tmp_path):
+    photo = encode(blocks(), "PNG")
+    names = [f"{i}.png" for i in range(7)]
+    for name in names:
+        (tmp_path / name).write_bytes(photo)
+    found = ["a", "b", "c", "a b", "a c", "b c", "a b c"]
+    for split in ("train", "val"):
+        lines = [f"{n};{f}" for n, f in zip(names, found, strict=True)]
+        text = "\n".join(["image;labels", *lines, ""])
+        (tmp_path / f"{split}.csv").write_text(text)
+    config = data_config(tmp_path, name="table", train="train.csv", val="val.csv")
+    config.table.labels = "labels"
+    with pytest.raises(UserError, match=r"table.delimiter=';' would split that"):
+        load(config)
+    config.table.delimiter = ";"
+    note = "7 labels, which would be 3 if ' ' separated them (data.table.separator)"
+    assert load(config).train.notes == (note,)
+    config.table.separator = " "
+    assert load(config).train.notes == () and load(config).train.labels.sum() == 12
+
+
 def test_label_columns_by_name(tmp_path):
     config = source_trees.write("table", tmp_path)
     config.table.columns = "cat, ant"

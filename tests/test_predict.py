@@ -26,6 +26,7 @@ from mljax.data import augment
 from mljax.data.decode import decode
 from mljax.errors import UserError
 from mljax.models.functional import as_function, split
+from mljax.prediction_files import Row, find_images, writer
 
 NAMES = ["a,b", "cat", "dog", "été"]
 
@@ -186,6 +187,24 @@ def test_a_file_name_that_is_not_utf8(checkpoint, photos, tmp_path, kind):
     assert r"b\udcff.png" in output.read_text(encoding="utf-8")
 
 
+def test_class_names_that_a_csv_file_has_its_own_use_for(tmp_path):
+    names = ["path", "a;b", "labels", "error", "ü"]
+    with writer(str(tmp_path / "out.csv")) as file:
+        file.begin(names)
+        file.add(Row("x.jpg", np.arange(5, dtype=np.float32) / 8, ""), ["ü", "a;b"])
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["path"] == "x.jpg" and row["error"] == "" and row["p(path)"] == "0.0"
+    assert json.loads(row["labels"]) == ["ü", "a;b"] and row["p(error)"] == "0.375"
+    assert len(row) == 8
+
+
+def test_what_macos_leaves_beside_a_file_is_no_image(tmp_path):
+    for name in ("._1.jpg", "1.jpg", ".2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    assert [f[-6:] for f in find_images(str(tmp_path))] == [".2.jpg", "/1.jpg"]
+
+
 def test_json_and_lists(checkpoint, photos, tmp_path):
     listed = photos / "list.txt"
     listed.write_text("below/3.webp\n\n1.PNG\nmissing.jpg\n")
@@ -210,6 +229,7 @@ def test_json_and_lists(checkpoint, photos, tmp_path):
         ({"--images": "{tmp}/empty"}, ["empty", "has no images"]),
         ({"--images": "{tmp}/none*"}, ["none*", "matches nothing"]),
         ({"--images": "{photos}/zero.jpg"}, ["none of the images could be read"]),
+        ({"--images": "{tmp}/train.json"}, ["train.json", "name the folder"]),
         ({"--output": "{tmp}/out.xml"}, ["out.xml", ".csv, .json, .jsonl"]),
         ({"--output": "{tmp}/no/out.csv"}, ["no/out.csv", "No such file"]),
         ({"--checkpoint": "{tmp}/empty"}, ["holds no checkpoint"]),
@@ -222,6 +242,7 @@ def test_json_and_lists(checkpoint, photos, tmp_path):
 )
 def test_mistakes_are_one_line(checkpoint, photos, tmp_path, capsys, change, words):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "train.json").write_text("[]")
     newer = Checkpoints(tmp_path / "newer")
     newer.save(1, {"params": {}, "batch_stats": {}}, {"format": FORMAT + 1})
     newer.close()

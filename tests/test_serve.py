@@ -24,7 +24,7 @@ from mljax import decision, export, predict
 from mljax.models import pretrained
 
 for package in ("starlette", "uvicorn", "python_multipart", "prometheus_client"):
-    pytest.importorskip(package, reason="needs pip install 'mljax[serve]'")
+    pytest.importorskip(package, reason="needs pip install '.[serve]'")
 
 import uvicorn  # noqa: E402
 
@@ -372,7 +372,7 @@ def test_stopping_answers_what_was_taken(exported):
         (["--max-wait-ms", "nan"], "--max-wait-ms nan"),
         (["--max-mb", "0"], "--max-mb"),
         (["--port", "65536"], "65535"),
-        (["--port", "0"], "not a model exported"),
+        (["--port", "0"], "none: there is no such file"),
         (["--host", "203.0.113.1"], "cannot serve there"),
     ],
 )
@@ -396,5 +396,5 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert program.main(["--model", "none"]) == 1
     printed = capsys.readouterr().err
-    assert "uvicorn" in printed and "mljax[serve]" in printed
+    assert "uvicorn" in printed and "pip install '.[serve]'" in printed
     assert printed.count("\n") == 1

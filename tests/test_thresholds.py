@@ -173,9 +173,11 @@ def test_what_is_gained_is_measured_on_the_other_half():
     ("flags", "word"),
     [
         (["--data", "holdout"], "--data val"),
-        (["--precision", "2"], "precision"),
+        (["--precision", "2"], "error: --precision=2.0"),
+        (["--recall", "0"], "error: --recall=0.0"),
+        (["--beta", "nan"], "error: --beta=nan"),
         (["--splits", "0"], "--splits"),
-        (["--shrink", "-1"], "shrink"),
+        (["--shrink", "-1"], "error: --shrink=-1.0"),
     ],
 )
 def test_mistakes_are_one_line(flags, word, tmp_path, capsys):

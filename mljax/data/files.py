@@ -159,7 +159,11 @@ def list_files(folder: str) -> set[str]:
     """The names of the files in a folder; none where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            return {
+                entry.name
+                for entry in entries
+                if entry.is_file() and not entry.name.startswith("._")  # of macOS
+            }
     except (OSError, ValueError):
         return set()
 

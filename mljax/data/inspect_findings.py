@@ -1,7 +1,11 @@
 """What a person should know about a data set, in sentences, the gravest first."""
 
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mljax.tables import count
 
 _RARE = 10  # positives in train
 _SHIFT = 3.0  # a label this many times as frequent in one split as in another
@@ -25,39 +29,35 @@ def some(names: list[str], most: int = 5) -> str:
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def _problems(report: Mapping[str, Any]) -> list[str]:
     texts = []
     for split, counts in report["splits"].items():
         if bad := counts["unreadable"]:
             texts.append(
-                f"{split}: {_count(len(bad), 'image')} cannot be read, such as "
+                f"{split}: {count(len(bad), 'image')} cannot be read, such as "
                 f"{bad[0]['name']} ({bad[0]['reason']}); training stops there unless "
                 "data.on_error=skip"
             )
     if leaks := [g for g in report["duplicates"] if len(g["splits"]) > 1]:
         texts.append(
-            f"{' and '.join(leaks[0]['splits'])} share {_count(len(leaks), 'image')}, "
+            f"{' and '.join(leaks[0]['splits'])} share {count(len(leaks), 'image')}, "
             "byte for byte: what is measured there is too good"
         )
     if differ := [g for g in report["duplicates"] if g["labels_differ"]]:
         texts.append(
-            f"{_count(len(differ), 'image')} stand there several times with different "
+            f"{count(len(differ), 'image')} stand there several times with different "
             f"labels, such as {differ[0]['images'][0]['name']}"
         )
     names = report["splits"]["train"]["classes_without_positives"]
     if names:
         texts.append(
-            f"train: {_count(len(names), 'label')} without a positive, which nothing "
+            f"train: {count(len(names), 'label')} without a positive, which nothing "
             f"can be learned of: {some(names)}"
         )
     names = report["splits"]["train"]["classes_without_negatives"]
     if names:
         texts.append(
-            f"train: {_count(len(names), 'label')} without a known negative, of which "
+            f"train: {count(len(names), 'label')} without a known negative, of which "
             f"only that it is always there can be learned: {some(names)}"
         )
     return texts
@@ -69,15 +69,16 @@ def _looks(report: Mapping[str, Any]) -> list[str]:
         names = counts["classes_without_positives"]
         if split != "train" and names:
             texts.append(
-                f"{split}: {_count(len(names), 'label')} without a positive, left out "
+                f"{split}: {count(len(names), 'label')} without a positive, left out "
                 f"of its mAP: {some(names)}"
             )
         names = counts["classes_without_negatives"]
         if split != "train" and names:
             texts.append(
-                f"{split}: {_count(len(names), 'label')} without a known negative, "
+                f"{split}: {count(len(names), 'label')} without a known negative, "
                 f"whose AP is 100 whatever is predicted: {some(names)}"
             )
+    texts += odd_names(report["class_names"])
     rare = [
         row["name"]
         for row in report["classes"]
@@ -85,12 +86,12 @@ def _looks(report: Mapping[str, Any]) -> list[str]:
     ]
     if rare:
         texts.append(
-            f"train: {_count(len(rare), 'label')} with fewer than {_RARE} positives: "
+            f"train: {count(len(rare), 'label')} with fewer than {_RARE} positives: "
             f"{some(rare)}"
         )
     if moved := _moved(report):
         texts.append(
-            f"{_count(len(moved), 'label')} at least {_SHIFT:g} times as frequent in "
+            f"{count(len(moved), 'label')} at least {_SHIFT:g} times as frequent in "
             f"train as in val, or the other way: {some(moved)}"
         )
     same = [g for g in report["duplicates"] if len(g["splits"]) == 1]
@@ -98,23 +99,46 @@ def _looks(report: Mapping[str, Any]) -> list[str]:
         if groups := [g for g in same if g["splits"] == [split]]:
             extra = sum(len(g["images"]) - 1 for g in groups)
             texts.append(
-                f"{split}: {_count(extra, 'image')} stand there once more, byte for "
-                "byte"
+                f"{split}: {count(extra, 'image')} stand there once more, byte for byte"
             )
     for split, counts in report["splits"].items():
         for kind, what in (("tiny", "tiny"), ("huge", "huge, slow to decode")):
             if images := counts[kind]:
                 one = images[0]
                 texts.append(
-                    f"{split}: {_count(len(images), 'image')} {what}, such as "
+                    f"{split}: {count(len(images), 'image')} {what}, such as "
                     f"{one['name']} ({one['width']} x {one['height']})"
                 )
         for trait, images in counts["unusual"].items():
             if trait.startswith(("named", "longer", "animated")):
                 texts.append(
-                    f"{split}: {_count(len(images), 'image')} {trait}, such as "
+                    f"{split}: {count(len(images), 'image')} {trait}, such as "
                     f"{images[0]}"
                 )
+    return texts
+
+
+def odd_names(names: Sequence[str]) -> list[str]:
+    """What looks like a slip in the names of the labels, such as Cat beside cat."""
+    texts = []
+    same: dict[str, list[str]] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        same.setdefault(" ".join(re.split(r"[\s_-]+", plain)).strip(), []).append(name)
+    groups = [group for key, group in same.items() if key and len(group) > 1]
+    if groups:
+        shown = " and ".join(map(repr, groups[0][:3]))
+        texts.append(
+            f"{count(len(groups), 'label')} in several spellings: {shown}"
+            + (f", and {len(groups) - 1} more" if groups[1:] else "")
+        )
+    blank = [n for n in names if n != n.strip() or not n.isprintable()]
+    if blank:
+        shown = some(list(map(repr, blank)))
+        texts.append(
+            f"{count(len(blank), 'label')} with blanks at an end, line breaks or other "
+            f"signs that nobody sees: {shown}"
+        )
     return texts
 
 
@@ -127,13 +151,13 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
         if without := counts["images_known_to_have_no_label"]:
             share = without / counts["images"]
             texts.append(
-                f"{split}: {_count(without, 'image')} ({share:.1%}) without any label: "
+                f"{split}: {count(without, 'image')} ({share:.1%}) without any label: "
                 "negatives for all (data.drop_unlabelled leaves them out)"
             )
         if unknown := counts["unknown_labels"]:
             texts.append(
-                f"{split}: {_count(unknown, 'label')} unknown (-1), in "
-                f"{_count(counts['images_with_unknown_labels'], 'image')}: "
+                f"{split}: {count(unknown, 'label')} unknown (-1), in "
+                f"{count(counts['images_with_unknown_labels'], 'image')}: "
                 "they count nowhere"
             )
         sizes = counts["sizes_min_median_max"]
@@ -145,7 +169,7 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
             )
         for trait, images in counts["unusual"].items():
             if not trait.startswith(("named", "longer", "animated", "progressive")):
-                texts.append(f"{split}: {_count(len(images), 'image')} {trait}")
+                texts.append(f"{split}: {count(len(images), 'image')} {trait}")
     return texts
 
 

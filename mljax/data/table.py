@@ -39,6 +39,7 @@ _VALUES = {
 }
 _EMPTY = {"absent": 0, "unknown": -1}
 _DELIMITERS = {"tab": "\t"}
+_SEPARATORS = (",", ";", "|", "/", " ")  # that people put between labels
 
 
 class _Table(NamedTuple):
@@ -107,8 +108,13 @@ def _read(data_config: ConfigDict, split: str) -> _Table:
 def _column(table: _Table, name: str, key: str) -> int:
     if name not in table.header:
         known = ", ".join(table.header)[:200]
+        more = ""
+        marks = {";": ";", "\t": "tab", ",": ","}
+        if len(table.header) == 1 and (found := [m for m in marks if m in known]):
+            more = f" (data.table.delimiter={marks[found[0]]!r} would split that)"
         raise UserError(
-            f"{table.path}, line 1: has no column {name!r} ({key}); it has {known!r}"
+            f"{table.path}, line 1: has no column {name!r} ({key}); it has "
+            f"{known!r}{more}"
         )
     return table.header.index(name)
 
@@ -213,7 +219,7 @@ def _from_lists(
                 labels[first[name], column[label]] = 1
                 objects[first[name], column[label]] += 1
         keep = sorted(first.values())
-        notes = []
+        notes = _other_separator(class_names, options.separator)
         if again := len(rows) - len(keep):
             notes = [f"{again} lines name an image again: their labels are added to it"]
         table = table._replace(rows=[table.rows[i] for i in keep])
@@ -221,6 +227,18 @@ def _from_lists(
             data_config, split, table, class_names, labels[keep], objects[keep], notes
         )
     return sources
+
+
+def _other_separator(labels: Sequence[str], separator: str) -> list[str]:
+    """A note where labels look like lists of labels between another separator."""
+    for other in _SEPARATORS:
+        parts = {part.strip() for label in labels for part in label.split(other)}
+        if other != separator and 2 * len(parts - {""}) < len(labels):
+            return [
+                f"{len(labels)} labels, which would be {len(parts - {''})} if "
+                f"{other!r} separated them (data.table.separator)"
+            ]
+    return []
 
 
 def _names(path: str, number: int, cell: str, separator: str) -> list[str]:

@@ -73,7 +73,7 @@ def _read(data_config: ConfigDict, split: str) -> list[_Annotation]:
 
 
 def _set_file(data_config: ConfigDict, split: str) -> str:
-    name = f"{data_config[split]}.txt"
+    name = f"{data_config[split].removesuffix('.txt')}.txt"
     return os.path.join(data_config.root, "ImageSets", "Main", name)
 
 

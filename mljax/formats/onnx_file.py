@@ -20,7 +20,7 @@ from mljax.formats.program import INPUT, OUTPUTS, Program, check
 
 OPSET = 18  # known to ONNX Runtime 1.14, OpenVINO 2023 and TensorRT 8.6, and all since
 _ABOUT = "mljax"
-INSTALL = "pip install 'mljax[export]' && pip install --no-deps jax2onnx==0.17.1"
+INSTALL = "pip install '.[export]' && pip install --no-deps jax2onnx==0.17.1"
 
 
 def write(program: Program, path: Path) -> None:

@@ -148,7 +148,8 @@ def _require() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{error}: serving needs more packages: pip install 'mljax[serve]'"
+            f"{error}: serving needs more packages: pip install '.[serve]' in the "
+            "folder of mljax"
         ) from None
 
 
