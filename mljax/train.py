@@ -258,8 +258,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     terminal.opening(run, sources, made.chosen_on, state.params, made.notes, start)
     if jax.process_count() > 1:
         terminal.say(f"hosts:   process {hosts.names()}")
-    if found:
-        terminal.say(found)
+    for line in filter(None, (lock.note, found)):
+        terminal.say(line)
     if graph is not None:
         terminal.say("\n".join(label_graph_data.report(graph)))
         if jax.process_index() == 0:

@@ -79,11 +79,13 @@ class Lock:
     """Of a work directory: two runs in it would overwrite each other's checkpoints.
 
     The system takes it back whenever the process ends. Where the file system has no
-    locks (some buckets), nothing is locked.
+    locks (some buckets), nothing is locked; where it keeps those of a machine that is
+    gone (NFS), it is only said.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self.note = ""  # for the terminal
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "Lock":
@@ -97,29 +99,44 @@ class Lock:
         """Waits up to `patience` seconds for another run to end.
 
         Raises:
-            UserError: it goes on.
+            UserError: it goes on, on this machine.
         """
-        self._file = (Path(self.path) / _LOCK).open("a+")
+        file = self._file = (Path(self.path) / _LOCK).open("a+")
         until = time.monotonic() + patience
         while True:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() < until:
                     time.sleep(0.5)
                     continue
-                self._file.seek(0)
-                other = self._file.read().strip() or "another process"
-                raise UserError(
-                    f"--workdir {self.path}: another run trains there ({other}); wait "
-                    "for its end, stop it, or name another directory"
-                ) from None
+                file.seek(0)
+                process, machine, *_ = [*file.read().splitlines(), "", ""]
+                if machine == _machine():
+                    raise UserError(
+                        f"--workdir {self.path}: another run trains there ({process}); "
+                        "wait for its end, stop it, or name another directory"
+                    ) from None
+                self.note = (
+                    f"{self.path} is locked by {process or 'another machine'}: make "
+                    "sure that no other run trains there"
+                )
+                return
             except OSError:
                 return
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        file.truncate(0)
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        file.write(f"{process}\n{_machine()}\n")
+        file.flush()
+
+
+def _machine() -> str:
+    """Equal in all containers of a machine, until it starts anew."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def keep_config(workdir: Path, config: ConfigDict) -> None:

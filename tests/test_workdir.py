@@ -79,6 +79,17 @@ def test_a_directory_in_which_another_run_trains_is_refused(tmp_path):
             second.take(patience=0)
     with workdir.Lock(str(tmp_path)) as third:
         third.take(patience=0)
+        assert not third.note
+
+
+def test_the_lock_of_a_machine_that_is_gone_stops_nobody(tmp_path, monkeypatch):
+    with workdir.Lock(str(tmp_path)) as first:
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir, "_machine", lambda: "another")
+            first.take()
+        with workdir.Lock(str(tmp_path)) as second:
+            second.take(patience=0)
+            assert f"is locked by process {PID} on " in second.note
 
 
 def test_no_lock_where_the_file_system_has_none(tmp_path, monkeypatch):
