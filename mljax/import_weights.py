@@ -213,10 +213,15 @@ def _class_names(file: str | None, stored: list[str] | None, count: int) -> list
         numbers = [str(i) for i in range(count)]
         return stored if stored and len(stored) == count else numbers
     try:
-        text = Path(file).read_text(encoding="utf-8")
-        names = json.loads(text) if file.endswith(".json") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {file}: {error}") from error
+        text = Path(file).read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        names = json.loads(text) if file.endswith(".json") else lines
+    except OSError as error:
+        raise UserError(f"--classes {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--classes {file}: is no text in UTF-8") from None
+    except ValueError as error:
+        raise UserError(f"--classes {file}: is not valid JSON ({error})") from None
     if isinstance(names, dict):  # an annotation file; see data.annotations
         names = sorted(names.get("classes", ()))
     if not isinstance(names, list) or len(set(map(str, names))) != count:
