@@ -149,6 +149,9 @@ def make_config(backbone: str, head: str, devices: int) -> Any:
 
 
 def main() -> None:
+    from mljax import main as program
+
+    program.quiet()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256])
     parser.add_argument("--fsdp", type=int, nargs="+", default=[1, 8])

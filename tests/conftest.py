@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 jax.config.update("jax_platforms", "cpu")
@@ -20,6 +21,17 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name}, which is kept outside the repository")
     return path
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path_factory):
+    """The user's cache of compiled programs is left alone."""
+    monkeypatch.setenv(
+        "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))
+    )
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

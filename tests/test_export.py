@@ -283,7 +283,7 @@ def test_other_files_are_no_exports(content, tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match="not a model exported"):
         export.load(file)
-    with pytest.raises(UserError, match="not a model exported"):
+    with pytest.raises(UserError, match="none: there is no such file"):
         export.load(tmp_path / "none")
 
 

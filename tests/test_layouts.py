@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from jax.experimental.compilation_cache import compilation_cache
 from layouts import LAYOUTS, WARNING, assert_same, batches, config_for, setup, trained
 
 from mljax import evaluate
@@ -16,13 +15,7 @@ from mljax import evaluate
 HEADS = ("linear", "ml_decoder")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    """The user's cache of compiled programs is left alone."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def mean_ap(scores) -> dict[str, float]:

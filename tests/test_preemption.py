@@ -7,9 +7,7 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from runs import ROOT, TINY, environment, last_line, same_results
 from tiny_program import Tiny
 
@@ -20,18 +18,15 @@ from mljax.terminal import Terminal
 
 
 @pytest.fixture
-def settings(monkeypatch, tmp_path):
+def settings(monkeypatch, own_cache):
     monkeypatch.setitem(models.BACKBONES, "tiny", Tiny)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     settings = config.load("configs/shapes.py", "debug")
     settings.epochs, settings.batch_size = 3, 16  # of four steps
     settings.data.update(num_train=64, num_val=32)
     settings.model.update(backbone="tiny", dropout=0.1)
     settings.eval.batch_size = 32
     config.validate(settings)
-    yield settings
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    return settings
 
 
 def stop_at(monkeypatch, step: int, number: signal.Signals) -> None:

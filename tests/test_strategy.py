@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from runs import same_results
 
 from mljax import checkpoint, config, models, train
@@ -42,9 +41,8 @@ class Tiny(nnx.Module):
 
 
 @pytest.fixture
-def settings(monkeypatch, tmp_path):
+def settings(monkeypatch, own_cache):
     monkeypatch.setitem(models.BACKBONES, "tiny", Tiny)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     settings = config.load("configs/shapes.py", "debug")
     settings.epochs = 3
     settings.batch_size = 16
@@ -57,9 +55,7 @@ def settings(monkeypatch, tmp_path):
     settings.eval.batch_size = 32
     settings.train.checkpoint_every = 3
     config.validate(settings)
-    yield settings
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    return settings
 
 
 def frozen_part(state):
