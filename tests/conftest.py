@@ -25,11 +25,10 @@ def shared(name: str) -> Path:
 
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path_factory):
-    """The user's cache of compiled programs is left alone."""
-    monkeypatch.setenv(
-        "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))
-    )
-    yield
+    """A folder for compiled programs: the user's is left alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    yield folder
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 

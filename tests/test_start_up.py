@@ -20,7 +20,7 @@ from mljax import compile_cache, train
 from mljax.step import create_state, make_train_step
 
 
-def test_another_seed_is_the_same_program(settings, monkeypatch, tmp_path):  # noqa: F811
+def test_another_seed_is_the_same_program(settings, monkeypatch, own_cache):  # noqa: F811
     monkeypatch.setattr(compile_cache, "_SHORTEST", 0.0)
     settings.mutual.weight, settings.data.cutmix_alpha = 0.0, 0.0
     settings.optim.freeze, settings.optim.freeze_epochs = "", 0
@@ -36,7 +36,7 @@ def test_another_seed_is_the_same_program(settings, monkeypatch, tmp_path):  # n
         batch = next(batches(made, settings))
         found.clear()
         made.step_at(1).lower(made.state, batch, made.seed).compile()
-        cached = (tmp_path / "cache").glob("jit_train_step-*-cache")
+        cached = own_cache.glob("jit_train_step-*-cache")
         return {file.name for file in cached}
 
     first = compile_step(0)
