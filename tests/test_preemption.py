@@ -110,6 +110,12 @@ def test_a_run_goes_on_where_what_it_began_with_is_gone(
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UserError, match="checkpoints/3: is not a checkpoint"):
         train.train(settings, str(tmp_path / "run"))
+    # Nor does a run go on from step 0: it begins again, from what it began with.
+    (tmp_path / "run" / "checkpoints" / "3").rename(
+        tmp_path / "run" / "checkpoints" / "0"
+    )
+    with pytest.raises(UserError, match="first: there is no such file"):
+        train.train(settings, str(tmp_path / "run"))
 
 
 def test_ctrl_c_saves_once_and_ends_at_once_the_second_time(
