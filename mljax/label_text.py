@@ -9,12 +9,8 @@ from contextlib import contextmanager
 # For what matplotlib's own font lacks; those that are installed are used.
 _MORE_FONTS = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC"),
-    *(
-        "Noto Sans KR",
-        "WenQuanYi Zen Hei",
-        "WenQuanYi Micro Hei",
-        "Droid Sans Fallback",
-    ),
+    *("Noto Sans KR", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    "Droid Sans Fallback",
     *("IPAexGothic", "IPAGothic", "TakaoGothic", "VL Gothic", "NanumGothic"),
     *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
     *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai"),

@@ -15,7 +15,6 @@ from mljax.errors import UserError
 
 FORMATS = (".csv", ".json", ".jsonl")
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
-_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".xml", ".parquet", ".xlsx")
 _BETWEEN = ";"  # labels in a cell of a CSV file
 _FIXED = ("path", "labels", "error")  # its other columns
 
@@ -73,11 +72,6 @@ def find_images(what: str) -> list[str]:
 
 
 def _read_list(path: Path) -> list[str]:
-    if path.suffix.lower() in _TABLES:
-        raise UserError(
-            f"--images {path}: is neither an image nor a text file with a path a line; "
-            "name the folder of the images, or make such a list"
-        )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -88,6 +82,11 @@ def _read_list(path: Path) -> list[str]:
     found = [str(path.parent / line.strip()) for line in lines if line.strip()]
     if not found:
         raise UserError(f"--images {path}: names no images (one path a line)")
+    if not any(map(os.path.isfile, found)):
+        raise UserError(
+            f"--images {path}: no line of it is the path of a file, relative to its "
+            "folder; name the folder of the images, or a list of their paths"
+        )
     return found
 
 
