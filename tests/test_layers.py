@@ -1,5 +1,7 @@
 """Layers against lax, numpy and the arithmetic of torch."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +237,20 @@ def test_batch_norm_keeps_precision_far_from_zero():
     x = jnp.asarray(1000 + normal(0, 64, 8, 8, 4))
     out = np.asarray(batch_norm.BatchNorm(4)(x, train=True))
     np.testing.assert_allclose(out.std((0, 1, 2)), 1, atol=1e-3)
+
+
+def test_batch_norm_adds_up_alike_in_both_forms():
+    """Rows first, as on a CPU, or whole images, as elsewhere."""
+    x = jnp.asarray(3 + normal(0, 2, 5, 7, 4))
+    found = {}
+    for name, form in (("rows", contextlib.nullcontext), ("images", cpu.plain_forms)):
+        with form():
+            traced = jax.jit(lambda x: batch_norm._mean(x)).trace(x)
+        sums = sum(e.primitive.name == "reduce_sum" for e in traced.jaxpr.eqns)
+        found[name] = sums, traced.lower().compile()(x)
+    assert found["rows"][0] == 3
+    assert found["images"][0] == 2
+    assert_close(found["rows"][1], np.asarray(found["images"][1]), 1e-6)
 
 
 def test_batch_norm_of_one_value_a_channel_stays_finite():

@@ -27,11 +27,10 @@ class Tiny(nnx.Module):
         return jax.nn.relu(self.bn(self.conv(images), train))
 
 
-BACKBONES["tiny"] = Tiny
-
 PROGRAMS = {"find_lr": find_lr.main, "main": main.main}
 
 if __name__ == "__main__":
+    BACKBONES["tiny"] = Tiny
     rest = sys.argv[1:]
     while rest:
         end = rest.index("+") if "+" in rest else len(rest)

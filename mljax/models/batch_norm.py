@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from mljax.models import cpu
 from mljax.models.layers import at_least_float32, constant
 
 
@@ -27,10 +28,19 @@ def _mean(x: jax.Array) -> jax.Array:
     """The mean of x [N, ..., C] over all axes but the last: of each image, then of all.
 
     So the values of an image are added in one order on any number of devices, and only
-    the sum over images is rounded in another way. It is as fast and as exact as one
-    mean over all axes.
+    the sum over images is rounded in another way. XLA's CPU backend takes the mean of
+    images on one core, and the mean of rows on all of them.
     """
-    return jnp.mean(jnp.mean(x, tuple(range(1, x.ndim - 1))), 0)
+
+    def by_rows(x: jax.Array) -> jax.Array:
+        for axis in reversed(range(1, x.ndim - 1)):
+            x = jnp.mean(x, axis)
+        return x
+
+    def by_images(x: jax.Array) -> jax.Array:
+        return jnp.mean(x, tuple(range(1, x.ndim - 1)))
+
+    return jnp.mean(cpu.choose(by_rows, by_images, x), 0)
 
 
 def _normalise_forward(x, weight, bias, eps):
@@ -38,7 +48,8 @@ def _normalise_forward(x, weight, bias, eps):
     mean = _mean(exact)
     var = _mean(jnp.square(exact - mean))
     inverse = lax.rsqrt(var + eps)
-    y = (exact - mean) * (weight * inverse) + bias
+    scale = weight * inverse
+    y = exact * scale + (bias - mean * scale)
     return (y, mean, var), (x, weight, mean, inverse)
 
 
@@ -46,14 +57,17 @@ def _normalise_backward(eps, saved, gradients):
     x, weight, mean, inverse = saved
     g, by_mean, by_var = gradients
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    centred = x.astype(g.dtype) - mean
+    x_exact = x.astype(g.dtype)
+    # Without the barrier XLA finds x - mean in the forward pass too, and keeps the map
+    # of it in memory instead of subtracting twice.
+    centre = lax.optimization_barrier(mean)
     by_bias = jnp.sum(g, axes)
-    by_weight = jnp.sum(g * centred, axes) * inverse
-    # dx = scale g + slope (x - mean) + offset, each [C].
+    by_weight = jnp.sum(g * (x_exact - centre), axes) * inverse
+    # dx = scale g + slope x + offset, each [C].
     scale = weight * inverse
     slope = (2 * by_var - scale * inverse * by_weight) / count
-    offset = (by_mean - scale * by_bias) / count
-    by_x = scale * g + slope * centred + offset
+    offset = (by_mean - scale * by_bias) / count - slope * mean
+    by_x = scale * g + slope * x_exact + offset
     kept = weight.dtype
     return by_x.astype(x.dtype), by_weight.astype(kept), by_bias.astype(kept)
 
