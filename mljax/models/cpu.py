@@ -188,19 +188,20 @@ def _weight_gradient(x, g, weight, stride, pads):
     one all-reduce follows the loop.
     """
     kernel = weight.shape[0]
-    batch, height, width, channels = g.shape
+    height, width = g.shape[1:3]
     kept = jnp.promote_types(g.dtype, jnp.float32)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     taps = [(i, j) for i in range(kernel) for j in range(kernel)]
 
-    def add_row(sums, row):
+    def products(row):
         above = lax.dynamic_slice_in_dim(x, row * stride, kernel, axis=1)
         g_row = lax.dynamic_slice_in_dim(g, row, 1, axis=1).astype(kept)
-        met = (_tap(above, i, j, (1, width), stride) for i, j in taps)
-        return [total + a * g_row for total, a in zip(sums, met, strict=True)], None
+        return [_tap(above, i, j, (1, width), stride) * g_row for i, j in taps]
 
-    zeros = [jnp.zeros((batch, 1, width, channels), kept) for _ in taps]
-    sums, _ = lax.scan(add_row, zeros, jnp.arange(height))
+    def add_row(sums, row):
+        return [total + a for total, a in zip(sums, products(row), strict=True)], None
+
+    sums, _ = lax.scan(add_row, products(0), jnp.arange(1, height))
     total = jnp.stack([jnp.sum(x, (0, 1, 2)) for x in sums])
     return total.reshape(weight.shape).astype(weight.dtype)
 
