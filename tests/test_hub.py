@@ -117,7 +117,9 @@ def test_a_run_starts_as_from_the_file_itself(file, tmp_path, monkeypatch, capsy
 
 
 def test_with_the_real_cache(file, tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="hf:// needs pip install huggingface_hub"
+    )
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -28,19 +28,13 @@ def _mean(x: jax.Array) -> jax.Array:
     """The mean of x [N, ..., C] over all axes but the last: of each image, then of all.
 
     So the values of an image are added in one order on any number of devices, and only
-    the sum over images is rounded in another way. XLA's CPU backend takes the mean of
-    images on one core, and the mean of rows on all of them.
+    the sum over images is rounded in another way.
     """
 
-    def by_rows(x: jax.Array) -> jax.Array:
-        for axis in reversed(range(1, x.ndim - 1)):
-            x = jnp.mean(x, axis)
-        return x
-
-    def by_images(x: jax.Array) -> jax.Array:
+    def means(x: jax.Array) -> jax.Array:
         return jnp.mean(x, tuple(range(1, x.ndim - 1)))
 
-    return jnp.mean(cpu.choose(by_rows, by_images, x), 0)
+    return jnp.mean(cpu.choose(cpu.image_means, means, x), 0)
 
 
 def _normalise_forward(x, weight, bias, eps):

@@ -131,6 +131,16 @@ def patch_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
     return (flat @ weight.reshape(-1, outputs)).reshape(batch, rows, columns, outputs)
 
 
+def image_means(x: jax.Array) -> jax.Array:
+    """The mean of every channel of every image: x [batch, ..., C] -> [batch, C].
+
+    Axis by axis: XLA takes one mean over height and width on a single core.
+    """
+    for axis in reversed(range(1, x.ndim - 1)):
+        x = jnp.mean(x, axis)
+    return x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv(
     x: jax.Array, weight: jax.Array, stride: int, pads: Pads
@@ -183,9 +193,10 @@ def _input_gradient(g, weight, stride, pads, shape):
 def _weight_gradient(x, g, weight, stride, pads):
     """Sums x * g over batch and positions for each tap, one row of g at a time.
 
-    The running sums keep batch and columns: adding rows is three times faster than
-    reducing them, and with a sharded batch every device adds up its own images and
-    one all-reduce follows the loop.
+    The running sums start with the first row (zeros would be copied for every tap) and
+    keep batch and columns: adding rows is three times faster than reducing them, and
+    with a sharded batch every device adds up its own images and one all-reduce follows
+    the loop.
     """
     kernel = weight.shape[0]
     height, width = g.shape[1:3]
