@@ -279,11 +279,24 @@ def test_activations():
     np.testing.assert_allclose(layers.PReLU()(x), [-1, -0.25, 0, 1, 4])
 
 
-def test_dropout():
-    x = jnp.ones((100, 100))
-    out = np.asarray(layers.dropout(x, 0.25, nnx.Rngs(0)))
+@pytest.mark.parametrize("shape", [(60000,), (200, 300), (100, 7, 90), (9, 5, 40, 32)])
+def test_dropout(shape):
+    out = np.asarray(layers.dropout(jnp.ones(shape), 0.25, nnx.Rngs(0)))
+    assert out.shape == shape
     assert set(np.unique(out)) == {0, np.float32(1 / 0.75)}
-    assert abs(out.mean() - 1) < 0.03
+    assert abs(out.mean() - 1) < 0.01
+
+
+def test_dropout_of_neighbours():
+    """Entries whose bits come from one draw are dropped independently of each other."""
+    out = np.asarray(layers.dropout(jnp.ones((400, 200)), 0.25, nnx.Rngs(0)))
+    together = (out[:, :100] == 0) & (out[:, 100:] == 0)
+    assert abs(together.mean() - 0.25**2) < 0.005
+    assert not (out[0] == out[1]).all()
+
+
+def test_no_dropout():
+    x = jnp.ones((10, 10))
     assert layers.dropout(x, 0.0, None) is x
     with pytest.raises(ValueError, match="rngs"):
         layers.dropout(x, 0.25, None)
