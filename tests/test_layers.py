@@ -109,6 +109,24 @@ def test_depthwise_in_bfloat16_is_rounded_once(stride):
         np.testing.assert_array_equal(half, whole.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("shape", [(6, 7), (3, 4, 7), (2, 5, 3, 7)])
+def test_product_equals_matmul(shape):
+    x, weight = normal(0, *shape), normal(1, 7, 9)
+
+    def value_and_gradients(product, dtype):
+        value, pull = jax.vjp(
+            product, jnp.asarray(x, dtype), jnp.asarray(weight, dtype)
+        )
+        return value, *pull(jnp.asarray(normal(2, *shape[:-1], 9), dtype))
+
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)):
+        ours = value_and_gradients(cpu.product, dtype)
+        plain = value_and_gradients(jnp.matmul, dtype)
+        for actual, expected in zip(ours, plain, strict=True):
+            assert actual.dtype == dtype
+            assert_close(actual.astype(float), expected.astype(float), tolerance)
+
+
 def test_patches_are_a_convolution():
     x, weight = normal(0, 2, 8, 12, 3), normal(1, 4, 4, 3, 5)
     plain = plain_conv(x, weight, 4, ((0, 0), (0, 0)))

@@ -115,7 +115,9 @@ def stem_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.A
     taps = [(i, j) for i in range(kernel) for j in range(kernel)]
     met = [_tap(x, i, j, (height, width), stride) for i, j in taps]
     flat = jnp.concatenate(met, -1).reshape(-1, len(taps) * x.shape[-1])
-    return (flat @ weight.reshape(-1, outputs)).reshape(-1, height, width, outputs)
+    return product(flat, weight.reshape(-1, outputs)).reshape(
+        -1, height, width, outputs
+    )
 
 
 def patch_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -128,7 +130,39 @@ def patch_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
     x = x.reshape(batch, rows, kernel, columns, kernel, channels)
     flat = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * rows * columns, -1)
     outputs = weight.shape[-1]
-    return (flat @ weight.reshape(-1, outputs)).reshape(batch, rows, columns, outputs)
+    return product(flat, weight.reshape(-1, outputs)).reshape(
+        batch, rows, columns, outputs
+    )
+
+
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., inputs] @ weight [inputs, outputs].
+
+    In the gradient by the weight that autodiff derives, XLA computes g once more, turned
+    round and with all that comes before it (dropout, BatchNorm): here x and g are read
+    as they lie in memory.
+    """
+    on_cpu = _forms.get() == _HERE and jax.default_backend() == "cpu"
+    return _product(x, weight) if on_cpu else x @ weight
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return x @ weight
+
+
+def _product_forward(x, weight):
+    return x @ weight, (x, weight)
+
+
+def _product_backward(saved, g):
+    x, weight = saved
+    x, g = lax.optimization_barrier((x, g))
+    rows, g_rows = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+    return g @ weight.T, rows.T @ g_rows
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def image_means(x: jax.Array) -> jax.Array:

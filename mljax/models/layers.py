@@ -221,7 +221,7 @@ class Conv(nnx.Module):
             x = x[:, :: self.stride, :: self.stride]
             # As two matrices: the gradient of a product of more dimensions goes
             # through a transposed copy of the whole map.
-            flat = x.reshape(-1, x.shape[-1]) @ weight[0, 0]
+            flat = cpu.product(x.reshape(-1, x.shape[-1]), weight[0, 0])
             x = flat.reshape(*x.shape[:-1], -1)
         else:
             pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
@@ -298,7 +298,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
-        return x @ weight + self.bias[...].astype(self.dtype)
+        return cpu.product(x, weight) + self.bias[...].astype(self.dtype)
 
 
 class LayerNorm(nnx.Module):

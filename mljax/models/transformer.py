@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mljax.models import cpu
 from mljax.models.layers import (
     LayerNorm,
     Linear,
@@ -85,7 +86,8 @@ class MultiHeadAttention(nnx.Module):
         """[batch, N, dim] -> q, k or v (part 0, 1, 2): [batch, N, heads, size]."""
         dim = x.shape[-1]
         own = slice(part * dim, (part + 1) * dim)
-        x = x.astype(self.dtype) @ self.in_proj_weight[:, own].astype(self.dtype)
+        weight = self.in_proj_weight[:, own].astype(self.dtype)
+        x = cpu.product(x.astype(self.dtype), weight)
         x = x + self.in_proj_bias[own].astype(self.dtype)
         return x.reshape(*x.shape[:2], self.heads, -1)
 

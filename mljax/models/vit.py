@@ -20,6 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mljax.errors import UserError
+from mljax.models import cpu
 from mljax.models.blocks import Blocks, residual
 from mljax.models.layers import Conv, LayerNorm, at_least_float32, constant, draw
 
@@ -54,7 +55,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, weight = x.astype(self.dtype), self.weight[...].astype(self.dtype)
-        return x @ weight + self.bias[...].astype(self.dtype)
+        return cpu.product(x, weight) + self.bias[...].astype(self.dtype)
 
 
 class Attention(nnx.Module):
