@@ -138,9 +138,9 @@ def patch_conv(x: jax.Array, weight: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., inputs] @ weight [inputs, outputs].
 
-    In the gradient by the weight that autodiff derives, XLA computes g once more, turned
-    round and with all that comes before it (dropout, BatchNorm): here x and g are read
-    as they lie in memory.
+    In the gradient by the weight that autodiff derives, XLA computes g once more,
+    turned round and with all that comes before it (dropout, BatchNorm): here x and g
+    are read as they lie in memory.
     """
     on_cpu = _forms.get() == _HERE and jax.default_backend() == "cpu"
     return _product(x, weight) if on_cpu else x @ weight
