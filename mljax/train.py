@@ -225,6 +225,10 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         "config": config.to_dict(),
         "class_names": names,
         "num_train": len(source.names),
+        "data": {
+            "training images": source.fingerprint(),
+            f"{made.chosen_on} images": made.judge.fingerprint(),
+        },
         "versions": versions.installed(),
     }
     last = Checkpoints(folder / "checkpoints")

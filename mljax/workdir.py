@@ -255,3 +255,10 @@ def check_same_data(
             f"--workdir {path}: was trained on {saved['num_train']} images, the data "
             f"now has {now['num_train']}; name another directory"
         )
+    before = saved.get("data", now["data"])  # checkpoints of old have none
+    if changed := [name for name in before if before[name] != now["data"].get(name)]:
+        which = " and the ".join(changed)
+        raise UserError(
+            f"--workdir {path}: labels or file names of the {which} have changed since "
+            "the run began; name another directory, or use the data as it was"
+        )

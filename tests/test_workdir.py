@@ -3,10 +3,12 @@
 import errno
 import os
 
+import data_trees
 import pytest
 
 from mljax import config as configs
 from mljax import workdir
+from mljax.data import DATASETS
 from mljax.errors import UserError
 
 PID = os.getpid()
@@ -56,6 +58,38 @@ def test_history_is_cut_at_the_last_checkpoint(tmp_path):
     workdir.write_history(tmp_path, rows)
     assert workdir.read_history(tmp_path, last_step=4) == rows[:2]
     assert workdir.read_history(tmp_path / "none", last_step=4) == []
+
+
+def test_data_that_changed_is_refused(tmp_path):
+    def about(root):
+        train, val, _ = DATASETS["annotations"](data_trees.data_config(root), 0)
+        return {
+            "class_names": train.class_names,
+            "num_train": len(train),
+            "data": {
+                "training images": train.fingerprint(),
+                "val images": val.fingerprint(),
+            },
+        }
+
+    data_trees.tree(tmp_path / "old")
+    saved = about(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "moved")
+    workdir.check_same_data("run", saved, about(tmp_path / "moved"))
+    val = tmp_path / "moved" / "val.json"
+    text = val.read_text()
+    for old, new in (('["a", "b"]', '["a", "c"]'), ("val/3.png", "val/2.png")):
+        assert old in text
+        val.write_text(text.replace(old, new))
+        changed = "labels or file names of the val images have changed"
+        with pytest.raises(UserError, match=f"--workdir run: {changed}"):
+            workdir.check_same_data("run", saved, about(tmp_path / "moved"))
+    del saved["data"]  # a checkpoint of an older mljax
+    workdir.check_same_data("run", saved, about(tmp_path / "moved"))
+    with pytest.raises(UserError, match="trained on 9 images, the data now has 10"):
+        workdir.check_same_data(
+            "run", saved | {"num_train": 9}, about(tmp_path / "moved")
+        )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,7 +1,9 @@
 """What every data source gives: labels, names, and a way to read image i."""
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +57,15 @@ class Source:
 
     def _classes(self, which: np.ndarray) -> list[str]:
         return [self.class_names[i] for i in np.flatnonzero(which)]
+
+    def fingerprint(self) -> str:
+        """Of labels and file names, in order: other data has another one, the same data
+        in another folder has the same."""
+        digest = hashlib.blake2b(np.ascontiguousarray(self.labels), digest_size=16)
+        for name in self.names:
+            file = PurePath(name).name.encode(errors="backslashreplace")
+            digest.update(file + b"\n")
+        return digest.hexdigest()
 
     def take(self, indices: np.ndarray, split: str | None = None) -> "Source":
         """The images `indices` ([n] integers) as a source of their own, in that order.
