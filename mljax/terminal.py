@@ -1,6 +1,7 @@
 """What a run says: lines on the terminal and curves in TensorBoard."""
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,25 @@ class Terminal:
     """Speaks on the first process only; the others are silent."""
 
     def __init__(
-        self, config: ConfigDict, folder: Path, steps_per_epoch: int, total_steps: int
+        self,
+        config: ConfigDict,
+        folder: Path,
+        steps_per_epoch: int,
+        total_steps: int,
+        start: int,
     ):
         self.config = config
         self.folder = folder
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
+        self.start = start
         self.first = jax.process_index() == 0
         self.speed = speed.Speed(config.batch_size)
         self._loss, self._steps = 0.0, 0
         self._unreadable = 0
         self._writer: Any = None
         if self.first:
-            from clu import metric_writers
-
-            self._writer = metric_writers.AsyncWriter(
-                metric_writers.SummaryWriter(str(folder / "tensorboard"))
-            )
+            self._writer = curves_writer(folder / "tensorboard", start)
 
     def say(self, text: str) -> None:
         if self.first:
@@ -48,7 +51,6 @@ class Terminal:
         chosen_on: str,
         params: Any,
         notes: list[str],
-        start: int,
     ) -> None:
         """The data, the model and the plan, before the first step."""
         model = self.config.model
@@ -84,8 +86,8 @@ class Terminal:
             self.say(rates)
         steps = self.total_steps
         self.say(f"plan:    {steps} steps, the best epoch chosen on {chosen_on}")
-        if start:
-            self.say(f"resumed at step {start}")
+        if self.start:
+            self.say(f"resumed at step {self.start}")
 
     def first_step(self, seconds: float) -> None:
         self.say(
@@ -167,6 +169,23 @@ class Terminal:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+
+def curves_writer(folder: Path, start: int) -> Any:
+    """A clu writer of what follows step `start`; TensorBoard is told to forget what a
+    run that was killed has written of the same steps."""
+    from clu import metric_writers
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    if folder.exists():
+        forget = EventFileWriter(str(folder))
+        session = SessionLog(status=SessionLog.START)
+        forget.add_event(
+            Event(wall_time=time.time(), step=start + 1, session_log=session)
+        )
+        forget.close()
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
 
 
 def nan_note(count: int) -> str:

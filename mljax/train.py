@@ -258,8 +258,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    terminal = Terminal(config, folder, steps_per_epoch, total_steps)
-    terminal.opening(run, sources, made.chosen_on, state.params, made.notes, start)
+    terminal = Terminal(config, folder, steps_per_epoch, total_steps, start)
+    terminal.opening(run, sources, made.chosen_on, state.params, made.notes)
     if jax.process_count() > 1:
         terminal.say(f"hosts:   process {hosts.names()}")
     for line in filter(None, (lock.note, found)):

@@ -20,6 +20,7 @@ from mljax import (
     label_graph_data,
     models,
     predict,
+    terminal,
     versions,
     workdir,
 )
@@ -101,10 +102,10 @@ def test_confusions_and_most_wrong_by_hand():
 
 
 def test_curves_of_a_run_that_was_stopped(tmp_path):
-    from clu import metric_writers
+    from tensorboard.backend.event_processing import plugin_event_accumulator
 
     for start, stop, add in ((1, 5, 0.0), (4, 8, 0.5)):
-        writer = metric_writers.SummaryWriter(str(tmp_path))
+        writer = terminal.curves_writer(tmp_path, start - 1)
         for step in range(start, stop):
             writer.write_scalars(step, {"train/loss": step + add})
         writer.close()
@@ -113,6 +114,9 @@ def test_curves_of_a_run_that_was_stopped(tmp_path):
     np.testing.assert_array_equal(steps, range(1, 8))
     np.testing.assert_allclose(values, [1, 2, 3, 4.5, 5.5, 6.5, 7.5])
     assert 0 <= found.seconds < 60
+    # TensorBoard itself shows no step twice.
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [point.step for point in events.Tensors("train/loss")] == [*range(1, 8)]
 
 
 NAMES = ["$x_", "<script>alert(1)</script>", "_hidden", 'a "quoted" & long ' * 3, "été"]

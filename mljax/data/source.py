@@ -61,7 +61,7 @@ class Source:
     def fingerprint(self) -> str:
         """Of labels and file names, in order: other data has another one, the same data
         in another folder has the same."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self.labels), digest_size=16)
+        digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
         for name in self.names:
             file = PurePath(name).name.encode(errors="backslashreplace")
             digest.update(file + b"\n")
