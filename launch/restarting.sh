@@ -4,7 +4,8 @@
 # Exit code 0 is success, 1 and 2 an error of the settings or the data, 130 Ctrl-C:
 # these end it. All else is a machine that went away (75: it was asked to go and has
 # saved; 134, 137, 143: it or another host died): the command starts again, at most
-# RESTARTS (100) times. SIGTERM to this script is passed on, and nothing starts again.
+# RESTARTS (100) times. SIGTERM to this script is passed on, and nothing starts again; so it
+# is for Ctrl-C, which a command does not hear before it trains (bash has it ignored).
 set -uo pipefail
 asked=
 running=
@@ -13,7 +14,7 @@ pass_on() {
     asked=1
     [ -z "$running" ] || kill -TERM "$running" 2>/dev/null
 }
-trap pass_on TERM
+trap pass_on INT TERM
 
 for ((restart = 0; ; restart++)); do
     "$@" &

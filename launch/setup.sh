@@ -3,7 +3,7 @@
 # installs mljax with the extras named in $1 (like "[test]") and sets $python.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -c 'import sys' 2>/dev/null; then
     base=${PYTHON:-python3}
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "error: mljax needs Python 3.11 or newer as $base; name one: PYTHON=python3.12 bash $0" >&2
@@ -16,6 +16,11 @@ if [ ! -x .venv/bin/python ]; then
     }
 fi
 python=$PWD/.venv/bin/python
+# A first start that was cut short leaves a Python without pip; so does uv.
+if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
+    echo "error: .venv has no pip; remove .venv and start again" >&2
+    exit 1
+fi
 # Installing again is only needed when what is asked for has changed.
 wanted=$(cat pyproject.toml <(echo "${1:-}") | cksum)
 if [ "$(cat ".venv/installed${1:-}" 2>/dev/null)" != "$wanted" ]; then

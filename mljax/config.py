@@ -311,6 +311,15 @@ def validate_devices(config: ConfigDict, devices: int) -> None:
         )
 
 
+def fit_devices(config: ConfigDict, devices: int) -> None:
+    """Changes the config of a run so that its model can be evaluated on `devices`,
+    whatever it was trained on."""
+    config.mesh.data, config.mesh.fsdp, config.optim.accumulate = -1, 1, 1
+    config.sam.every_images = config.sam.groups = config.model.batch_norm_groups = 1
+    batch = devices * -(-config.eval.batch_size // devices)
+    config.batch_size = config.eval.batch_size = batch
+
+
 def _module(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"mljax_config_{file.stem}", file)
     if spec is None or spec.loader is None:

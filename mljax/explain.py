@@ -40,7 +40,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def output_files(paths: Sequence[str], folder: Path) -> list[Path]:
     """Where each picture goes: folders and names as those of the images."""
-    files = [Path(path).absolute() for path in paths]
+    files = [Path(os.path.abspath(path)) for path in paths]
     above = os.path.commonpath([file.parent for file in files])
     return [
         folder / file.relative_to(above).with_name(f"{file.name}.png") for file in files

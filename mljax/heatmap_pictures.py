@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mljax import pictures
 from mljax.images import Box
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def overlay(
     """
     from matplotlib import colormaps
 
-    small = shrink(photo, side)
+    small = pictures.shrink(photo, side)
     heat = stretch(values, small.shape[:2], inside, part)
     low, high = heat.min(), heat.max()
     is_flat = high - low <= 1e-5 * max(abs(high), abs(low))  # apart from rounding
@@ -76,25 +77,13 @@ def overlay(
     return np.rint(small * (1 - cover) + colour * cover).astype(np.uint8)
 
 
-def shrink(photo: np.ndarray, side: int) -> np.ndarray:
-    """The photo with a longer side of at most `side` pixels."""
-    from PIL import Image
-
-    height, width = photo.shape[:2]
-    factor = min(1.0, side / max(height, width))
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    if size == (width, height):
-        return photo
-    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS))
-
-
 def draw(file: Path, photo: np.ndarray, found: "Heatmaps") -> None:
     """Writes a PNG: the photo, and beside it the photo under each map."""
     # The object interface: pyplot would pick a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [("", shrink(photo, SIDE))]
+    panels = [("", pictures.shrink(photo, SIDE))]
     for label, p, values in zip(*found[:3], strict=True):
         panels.append(
             (

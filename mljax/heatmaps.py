@@ -113,14 +113,13 @@ class Explainer:
         from PIL import Image
 
         columns = self._columns(labels, top)
-        single = isinstance(images, np.ndarray) and images.ndim in (2, 3)
+        single = getattr(images, "ndim", 0) in (2, 3)  # an array of whatever library
         if single or isinstance(images, str | Path | Image.Image):
             images = [images]
         given = list(images)
         found: list[Heatmaps] = []
         for start in range(0, len(given), BATCH):
-            photos = [self.photo(image) for image in given[start : start + BATCH]]
-            found += self._batch(photos, columns, method)
+            found += self._batch(given[start : start + BATCH], columns, method)
         return found
 
     def photo(self, image: Any) -> np.ndarray:
@@ -134,16 +133,17 @@ class Explainer:
             raise UserError(f"{name}: cannot be read ({error})") from None
 
     def _batch(
-        self, photos: list[np.ndarray], columns: np.ndarray, method: str
+        self, given: list[Any], columns: np.ndarray, method: str
     ) -> Iterator[Heatmaps]:
         from mljax import images
 
         data = self.config.data
+        photos = [self.photo(image) for image in given]
         # Few sizes of batches, each compiled once: powers of two.
         count = 1 << (len(photos) - 1).bit_length()
         batch = np.zeros((count, *images.sides_of(data), 3), np.uint8)
-        for i, photo in enumerate(photos):
-            batch[i] = images.load(photo, data)
+        for i, image in enumerate(given):  # a file as `predict` reads it
+            batch[i] = images.load(image, data)
         if method not in self._programs:
             self._programs[method] = self._program(method)
         p, chosen, maps = self._programs[method](self._weights, batch, columns)

@@ -6,21 +6,34 @@ The same pixels as in evaluation (`data.decode`, `data.fit`), up to rounding.
 import functools
 import io
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 GREY = 128  # of the bars beside a picture that keeps its aspect
-# Of bytes, which may be a stranger's. PIL knows many more, and runs another program
-# for one of them (EPS).
+# Those that training reads. PIL knows many more, and runs another program for one of
+# them (EPS).
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+
+
+_TURN = Image.Transpose
+_TURNS = {  # what undoes an EXIF orientation
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
 
 
 class UnreadableImage(ValueError):
@@ -134,9 +147,12 @@ def read(
     Raises:
         UnreadableImage: damaged, too large, of another format, or no such file.
     """
-    if isinstance(image, str | Path | bytes):
+    if isinstance(image, str | Path | bytes | Image.Image):
         try:
-            with _open(image) as opened:
+            if isinstance(image, Image.Image):  # which may not be decoded yet
+                return _pixels(image, max_pixels)
+            file = io.BytesIO(image) if isinstance(image, bytes) else image
+            with Image.open(file, formats=_FORMATS) as opened:
                 _reduce(opened, max_pixels, reduction)
                 return _pixels(opened, max_pixels)
         except UnreadableImage:
@@ -154,8 +170,6 @@ def read(
             reason = getattr(error, "strerror", None) or str(error)
             text = " ".join(reason.split())[:200]
             raise UnreadableImage(text or type(error).__name__) from None
-    if isinstance(image, Image.Image):
-        return _pixels(image, max_pixels)
     array = np.asarray(image)
     if array.dtype == np.uint8 and array.ndim == 2 and array.size:
         array = np.repeat(array[:, :, None], 3, 2)
@@ -169,12 +183,6 @@ def read(
     return array
 
 
-def _open(image: str | Path | bytes) -> Image.Image:
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image), formats=_FORMATS)
-    return Image.open(image)
-
-
 def _reduce(
     image: Image.Image, max_pixels: int, reduction: Callable[[int, int], int]
 ) -> None:
@@ -182,8 +190,11 @@ def _reduce(
     width, height = image.size
     if image.format not in ("JPEG", "MPO") or width * height > max_pixels:
         return
-    is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    by = reduction(width, height) if is_turned else reduction(height, width)
+    by = (
+        reduction(width, height)
+        if _orientation(image) >= 5
+        else reduction(height, width)
+    )
     if by > 1:
         # PIL takes the largest reduction that leaves this size.
         image.draft(image.mode, (max(width // by, 1), max(height // by, 1)))
@@ -239,14 +250,34 @@ def _middle(
 def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     if image.width * image.height > max_pixels:
         raise TooLarge(f"{image.height} x {image.width} pixels", max_pixels)
-    if image.format in ("JPEG", "MPO"):
-        image = ImageOps.exif_transpose(image)
+    orientation = _orientation(image) if image.format in ("JPEG", "MPO") else 1
+    if orientation > 1:
+        image = image.transpose(_TURNS[orientation])
     if image.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(image).astype(np.int64) >> 8
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, 2)
     if image.format == "GIF" and not getattr(image, "tell", int)():
         return _first_frame(image)
     return np.asarray(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a JPEG, 1 to 8, as `data.decode` finds it.
+
+    What PIL says may come from XMP, or be a number of another type.
+    """
+    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    order = "<" if tiff.startswith(b"II") else ">"
+    try:
+        (directory,) = struct.unpack_from(f"{order}L", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for at in range(directory + 2, directory + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHLH", tiff, at)
+            if tag == 0x0112 and kind == 3 and 1 <= value <= 8:
+                return value
+    except struct.error:  # it ends too early
+        pass
+    return 1
 
 
 def _first_frame(image: Image.Image) -> np.ndarray:

@@ -229,7 +229,13 @@ def _class_names(file: str | None, stored: list[str] | None, count: int) -> list
             f"--classes {file}: must name {count} different classes: a JSON list, an "
             "annotation file, or a text with a name a line"
         )
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    if stored and names != stored and sorted(names) == sorted(stored):
+        raise UserError(
+            f"--classes {file}: has the classes of the weights in another order than "
+            f"the weights, where {stored[0]!r} is first; leave --classes out"
+        )
+    return names
 
 
 def export(args: argparse.Namespace) -> None:

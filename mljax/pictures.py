@@ -9,7 +9,8 @@ from mljax.label_text import all_scripts, shorten
 
 SHEET = 24  # images on one sheet
 _COLUMNS = 6
-_SIDE = 2.2
+_SIDE = 2.2  # inches
+_DPI = 100
 _MOST_LINES = 6  # under an image
 _MOST_LETTERS = 33  # in a line of these
 _COLOURS = {
@@ -83,6 +84,19 @@ def contact_sheet(
         _draw(file, images, lines, "the labels of each image; brown, ?: unknown")
 
 
+def shrink(photo: np.ndarray, side: int = round(_SIDE * _DPI)) -> np.ndarray:
+    """The photo, uint8 [height, width, 3], with a longer side of at most `side` pixels;
+    by default that of an image on a sheet."""
+    from PIL import Image
+
+    height, width = photo.shape[:2]
+    factor = min(1.0, side / max(height, width))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    if size == (width, height):
+        return photo
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS))
+
+
 def _draw(
     file: Path,
     images: Sequence[np.ndarray],
@@ -101,7 +115,7 @@ def _draw(
     tall = _SIDE * min(1.0, max(ratios, default=1.0))
     below = 0.05 + 0.15 * max((len(texts) for texts in lines), default=1)
     height = (tall + below) * rows + 0.3
-    figure = Figure(figsize=(_SIDE * columns, height), dpi=100)
+    figure = Figure(figsize=(_SIDE * columns, height), dpi=_DPI)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:

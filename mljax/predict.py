@@ -114,7 +114,7 @@ class Predictor:
         """
         from PIL import Image
 
-        single = isinstance(images, np.ndarray) and images.ndim in (2, 3)
+        single = getattr(images, "ndim", 0) in (2, 3)  # an array of whatever library
         if single or isinstance(images, str | Path | bytes | Image.Image):
             images = [images]
         rows = []
@@ -264,7 +264,10 @@ def _draw(
 ) -> None:
     from mljax import images, pictures
 
-    pixels = [images.read(row.path, model.config.data.max_pixels) for row in rows]
+    pixels = [
+        pictures.shrink(images.read(row.path, model.config.data.max_pixels))
+        for row in rows
+    ]
     probabilities = np.array([row.probabilities for row in rows])
     names = model.class_names
     above = model.thresholds if threshold is None else threshold

@@ -176,7 +176,11 @@ def picture(run: Run, folder: Path, source: Source, variables: dict) -> Path:
     file = folder / "predictions.png"
     if jax.process_index():
         return file
-    images = [few.read(i).numpy() for i in scores.places if i not in scores.unreadable]
+    images = [
+        pictures.shrink(few.read(i).numpy())
+        for i in scores.places
+        if i not in scores.unreadable
+    ]
     keep = [k for k, i in enumerate(scores.places) if i not in scores.unreadable]
     pictures.sheet(
         file,

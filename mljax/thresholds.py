@@ -200,6 +200,8 @@ def _scores(
     step: Path, args: argparse.Namespace
 ) -> tuple[list[str], np.ndarray, np.ndarray, str]:
     """Class names, logits and labels [num_images, num_classes], and what they are."""
+    import jax
+
     from mljax import checkpoint, losses, results
     from mljax import config as configs
     from mljax.run import make_run
@@ -207,7 +209,7 @@ def _scores(
     _, about = checkpoint.load_variables(step)
     source, name = held_out.load(about, args.data, args.root)
     config = configs.from_dict(about["config"])
-    config.mesh.data, config.mesh.fsdp = -1, 1  # the devices of this machine
+    configs.fit_devices(config, jax.device_count())
     run, variables, _ = results.best_weights(make_run(config, source.class_names), step)
     scores = run.scores({"best": variables}, source)["best"]
     read = ~np.isin(scores.places, scores.unreadable)

@@ -218,6 +218,17 @@ def test_evaluation_batch_must_divide_over_devices():
         configs.validate_devices(config, 3)
 
 
+def test_a_run_can_be_evaluated_on_other_devices():
+    config = configs.load("configs/shapes.py")
+    config.batch_size, config.eval.batch_size, config.optim.accumulate = 64, 50, 4
+    config.sam.every_images = config.sam.groups = config.model.batch_norm_groups = 2
+    config.mesh.data, config.mesh.fsdp = 2, 4
+    configs.fit_devices(config, 3)
+    configs.validate(config)
+    configs.validate_devices(config, 3)
+    assert config.eval.batch_size == 51
+
+
 @pytest.mark.parametrize("head", ["ml_decoder", "query2label", "csra"])
 @pytest.mark.parametrize(("key", "text"), [("pool", "max"), ("dropout", "0.5")])
 def test_settings_that_a_head_ignores_are_refused(head, key, text):

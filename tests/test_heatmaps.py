@@ -192,6 +192,12 @@ def test_labels_and_probabilities_are_those_of_predict(workdir):
         assert found.labels == [NAMES[i] for i in np.argsort(-row)]
         np.testing.assert_allclose(found.probabilities, np.sort(row)[::-1], atol=1e-6)
     assert len(model.heatmaps(photos[0])) == 1 and model.heatmaps([]) == []
+    # A big JPEG is decoded smaller by both.
+    Image.fromarray(photo(900, 700)).save(workdir.parent / "big.jpg")
+    big = [str(workdir.parent / "big.jpg")]
+    (found,) = model.heatmaps(big, top=9)
+    row = np.sort(predict.load(workdir).predict(big)[0])[::-1]
+    np.testing.assert_allclose(found.probabilities, row, atol=1e-6)
     # An average of logits, and so the probability.
     (one,) = model.heatmaps(photos[:1], ["dog", "cat"])
     logits = one.maps.mean((1, 2))
@@ -255,6 +261,13 @@ def test_pictures_of_a_folder(workdir, tmp_path, capsys):
     assert explain.main([*flags, "--overwrite", "--label=<b>", "--label=$x_"]) == 0
     with Image.open(files[0]) as drawn:
         assert drawn.width < 4 * 300
+    # A list may name folders beside its own.
+    listed = ["lists/../photos/1.jpg", "lists/local/2.jpg"]
+    files = explain.output_files(listed, tmp_path / "maps")
+    assert [str(f.relative_to(tmp_path / "maps")) for f in files] == [
+        "photos/1.jpg.png",
+        "lists/local/2.jpg.png",
+    ]
     bad = [("--label=cta", "did you mean"), ("--method=attention", "no attention")]
     for flag, words in [*bad, ("--top=0", "top = 0")]:
         assert explain.main([*flags, "--overwrite", flag]) == 1

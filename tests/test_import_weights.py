@@ -16,7 +16,8 @@ from small_networks import SMALL, call, model_of, same, save_run, timm_file
 from test_blocks import TINY
 from test_mobilenetv3 import run
 
-from mljax import checkpoint
+from mljax import checkpoint, import_weights
+from mljax.errors import UserError
 from mljax.models import (
     BACKBONES,
     import_torch,
@@ -193,6 +194,16 @@ def test_the_papers_logits_through_the_command(tmp_path, capsys):
     scores, expected = run(restored, image((2, 3, 96, 96), 123)), golden[case]
     atol = 1e-3 * np.abs(expected).max()
     np.testing.assert_allclose(scores, expected, rtol=0, atol=atol)
+
+
+def test_class_names_in_another_order_are_refused(tmp_path):
+    file = tmp_path / "val.json"
+    file.write_text('{"classes": ["b", "a"], "images": []}')  # sorted when it is read
+    assert import_weights._class_names(str(file), None, 2) == ["a", "b"]
+    assert import_weights._class_names(str(file), ["a", "b"], 2) == ["a", "b"]
+    assert import_weights._class_names(str(file), ["x", "y"], 2) == ["a", "b"]
+    with pytest.raises(UserError, match="another order than the weights, where 'b'"):
+        import_weights._class_names(str(file), ["b", "a"], 2)
 
 
 def test_the_directory_is_plain_orbax(tmp_path, capsys):

@@ -106,6 +106,23 @@ def test_exif_rotation(orientation, tmp_path):
     assert np.abs(difference).max() <= 2
 
 
+def test_rotation_that_training_does_not_see_is_not_applied():
+    """In XMP, and of another type than the standard's."""
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    long = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHLL", 0x0112, 4, 1, 6)
+    for options in ({"xmp": xmp}, {"exif": long + bytes(4)}):
+        data = test_data_decode.encode(draw(5), **options)
+        expected = decode(tf.constant(data), 10**6).numpy()
+        assert np.abs(images.read(data, 10**6).astype(int) - expected).max() <= 2
+
+
+def test_only_what_training_reads_is_an_image(tmp_path):
+    for form in ("EPS", "TIFF", "PPM"):
+        Image.fromarray(draw(5)).save(tmp_path / "a.jpg", format=form)
+        with pytest.raises(images.UnreadableImage, match="not an image of a known"):
+            images.read(tmp_path / "a.jpg", 10**6)
+
+
 def test_the_bytes_of_a_file_are_an_image(photos):
     data = (photos / "2 b.jpg").read_bytes()
     from_file = images.read(photos / "2 b.jpg", 10**6)
@@ -134,10 +151,17 @@ def test_kinds_of_images_in_python(checkpoint, photos):
     file, pixels = photos / "1.PNG", draw(0)
     mixed = predictor.predict([str(file), file, Image.fromarray(pixels), pixels])
     np.testing.assert_allclose(mixed, np.tile(mixed[:1], (4, 1)), atol=1e-6)
-    for single in (file, str(file), Image.fromarray(pixels), pixels):
+    arrays = pixels, jnp.asarray(pixels), tf.constant(pixels)
+    for single in (file, str(file), Image.fromarray(pixels), *arrays):
         found = predictor.predict(single)
         np.testing.assert_allclose(found, mixed[:1], atol=1e-6)
-    for bad in ([photos / "cut.jpg"], [np.zeros((4, 4, 3))], [photos / "none.jpg"]):
+    cut = Image.open(photos / "cut.jpg")  # PIL decodes it when it must
+    for bad in (
+        [photos / "cut.jpg"],
+        cut,
+        [np.zeros((4, 4, 3))],
+        [photos / "none.jpg"],
+    ):
         with pytest.raises(UserError, match="cannot be read"):
             predictor.predict(bad)
 

@@ -77,7 +77,7 @@ def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
     try:
         about = check(json.loads((path / _ABOUT).read_text(encoding="utf-8")), path)
         module = tf.saved_model.load(str(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # TensorFlow has many, IndexError among them
         raise UserError(f"{path}: is damaged, or no export ({error})") from None
     serve = module.signatures["serving_default"]
 

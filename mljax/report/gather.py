@@ -1,7 +1,6 @@
 """What a work directory holds, and its best weights on the validation images."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,11 +218,7 @@ def _evaluate(
     if root is not None:
         config.data.root = root
     config.data.on_error = "skip"  # the page says how many
-    # On the devices of this machine, whatever the run had.
-    config.mesh.data, config.mesh.fsdp, config.optim.accumulate = -1, 1, 1
-    devices = jax.device_count()
-    batch = devices * math.ceil(config.eval.batch_size / devices)
-    config.batch_size = config.eval.batch_size = batch
+    configs.fit_devices(config, jax.device_count())
     configs.validate(config)
     check_names(config)
     val = DATASETS[config.data.name](config.data, config.seed).val

@@ -11,6 +11,7 @@ from mljax import (
     label_graph_data,
     label_graph_picture,
     operating_points,
+    pictures,
     versions,
 )
 from mljax.decision import DEFAULT
@@ -227,7 +228,7 @@ def _figure(run: RunData, found: Evaluation, row: int) -> Markup:
     wrongly, missed = is_said & (labels == 0), ~is_said & (labels == 1)
     bad = wrongly if wrongly.any() else missed
     worst = int(np.argmax(np.where(bad, losses, -1)))
-    images = [page.picture(heatmap_pictures.shrink(photo, 300), "the image")]
+    images = [page.picture(pictures.shrink(photo, 300), "the image")]
     kind = "missed" if labels[worst] == 1 else "wrong"
     if run.explainer is not None:
         (maps,) = run.explainer.heatmaps([photo], [names[worst]])

@@ -36,14 +36,17 @@ def measure(model: Any, config: ConfigDict) -> Costs:
     from mljax import losses
     from mljax.data.augment import normalise
     from mljax.models.functional import as_function, split
+    from mljax.step import make_eval_step
 
-    apply, weights = as_function(model), split(model)
+    outputs_of = make_eval_step(as_function(model), normalise, flip=config.eval.flip)
+    weights = split(model)
     device = jax.local_devices()[0]
     weights = jax.device_put(weights, device)
 
     @jax.jit
     def run(weights: Any, images: jax.Array) -> jax.Array:
-        outputs, _ = apply(*weights, normalise(images), train=False)
+        params, batch_stats = weights
+        outputs = outputs_of(params, batch_stats, images)
         return losses.probabilities(outputs, config.loss)
 
     milliseconds, activations = [], []
