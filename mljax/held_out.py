@@ -58,4 +58,12 @@ def load(
             f"the data has other classes than the checkpoint (check "
             f"{', '.join(off[:5]) or 'their order'}); --root names its folder"
         )
+    if source is sources.holdout:
+        before = about.get("data", {}).get("holdout images")
+        if before not in (None, source.fingerprint()):
+            raise UserError(
+                "--data holdout: the training data has changed since the run, and with "
+                "it what is held out of it: it may hold images that were trained on; "
+                "use --data val, or the data as it was"
+            )
     return source, name

@@ -92,6 +92,18 @@ def of_first(value: Any) -> Any:
     return gather(value)[0]
 
 
+def check_same(key: str, what: str, value: Any) -> None:
+    """Raises UserError on all processes where `value` (plain JSON) is not that of
+    process 0; `key` of the config is where it comes from, `what` its name."""
+    found = gather([value, socket.gethostname()])
+    off = [f"{i} ({name})" for i, (own, name) in enumerate(found) if own != found[0][0]]
+    if off:
+        raise UserError(
+            f"{key}: process {', '.join(off[:5])} has other {what} than process 0 "
+            f"({found[0][1]}); give all machines the same data"
+        )
+
+
 def wait(name: str) -> None:
     """Returns once all processes are here."""
     if jax.process_count() > 1:

@@ -230,7 +230,9 @@ def finish(
         f"{best['epoch']}, chosen on {chosen_on}"
     )
     if figure := run.config.published_mAP:
-        known = f"mAP {figure:.2f}" if figure > 0 else "no figure is known"
+        known = "no figure is known"
+        if figure > 0:
+            known = f"mAP {figure:.2f} (on its data, with its settings)"
         terminal.say(f"published for this recipe: {known}")
     file = picture(run, folder, val, variables)
     terminal.say(f"predictions: {file}\nmetrics:     {folder / workdir.SUMMARY}")

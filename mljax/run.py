@@ -171,7 +171,7 @@ def make_augment(config: ConfigDict) -> step.Augment:
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:
     """The loss of `config.loss`, with the class weights of its file; of a pair with
     `config.mutual` what `mutual.make_loss` makes of it."""
-    loss = losses.make_loss(config.loss, _class_weights(config, class_names))
+    loss = losses.make_loss(config.loss, class_weights(config, class_names))
     if not config.mutual.weight:
         return loss
     # Where the losses of parts of the batch are added up, each has its share of it.
@@ -180,7 +180,11 @@ def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.A
     return mutual.make_loss(loss, config.mutual.weight, scale, whole)
 
 
-def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:
+def class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:
+    """float32 [num_classes] of `config.loss.class_weights`; None without such a file.
+
+    Raises UserError if it cannot be read or does not fit the classes.
+    """
     if not config.loss.class_weights:
         return None
     file = Path(config.loss.class_weights)

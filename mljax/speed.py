@@ -26,6 +26,7 @@ PEAKS = {
     "Tesla V100": 125e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H100 PCIe": 756e12,

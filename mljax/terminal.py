@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class Terminal:
                 "train/unreadable_images": self._unreadable,
                 **{f"train/{name}": value for name, value in found.items()},
             }
-            self._writer.write_scalars(at, values)
+            self._curves(lambda writer: writer.write_scalars(at, values))
         self.restart_clock()
 
     def unreadable(self, progress: Progress) -> None:
@@ -163,12 +163,23 @@ class Terminal:
         if self._writer:
             keys = ("mAP", "mAP_raw", "mAP_ema", "mAP_one", "mAP_two", "CF1", "OF1")
             values = {f"eval/{k}": row[k] for k in keys if row.get(k) is not None}
-            self._writer.write_scalars(row["step"], values)
-            self._writer.flush()
+            self._curves(lambda writer: writer.write_scalars(row["step"], values))
+            self._curves(lambda writer: writer.flush())
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        self._curves(lambda writer: writer.close())
+
+    def _curves(self, act: Callable[[Any], None]) -> None:
+        """A run does not end for its curves: says once that there are no more."""
+        if self._writer is None:
+            return
+        try:
+            act(self._writer)
+        except Exception as error:  # of TensorFlow, which clu raises as its own
+            self._writer = None
+            said = str(error.__cause__ or error) or repr(error)
+            reason = said.split("}} ")[-1].strip().splitlines()[0][:200]
+            self.say(f"tensorboard: no curves from here on ({reason})")
 
 
 def curves_writer(folder: Path, start: int) -> Any:

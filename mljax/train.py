@@ -34,7 +34,14 @@ from mljax.checkpoint import Checkpoints, finishing
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
 from mljax.progress import Progress
-from mljax.run import Run, check_names, make_augment, make_loss, make_run
+from mljax.run import (
+    Run,
+    check_names,
+    class_weights,
+    make_augment,
+    make_loss,
+    make_run,
+)
 from mljax.terminal import Terminal
 
 
@@ -186,6 +193,20 @@ def setup(
     )
 
 
+def data_keys(
+    sources: Sources, config: ConfigDict, class_names: list[str]
+) -> dict[str, str]:
+    """What tells the data of a run from other data, by what changed."""
+    keys = {
+        f"{name} images": source.fingerprint()
+        for name, source in sources._asdict().items()
+        if source is not None
+    }
+    if (weights := class_weights(config, class_names)) is not None:
+        keys["class weights"] = weights.tobytes().hex()
+    return keys
+
+
 def train(config: ConfigDict, path: str) -> dict[str, Any]:
     """Trains, or goes on where the same command stopped.
 
@@ -225,12 +246,10 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         "config": config.to_dict(),
         "class_names": names,
         "num_train": len(source.names),
-        "data": {
-            "training images": source.fingerprint(),
-            f"{made.chosen_on} images": made.judge.fingerprint(),
-        },
+        "data": data_keys(sources, config, names),
         "versions": versions.installed(),
     }
+    hosts.check_same("config.data.root", "images or labels", about["data"])
     last = Checkpoints(folder / "checkpoints")
     best = Checkpoints(folder / "best")
     start = hosts.of_first(last.latest() or 0)

@@ -259,6 +259,6 @@ def check_same_data(
     if changed := [name for name in before if before[name] != now["data"].get(name)]:
         which = " and the ".join(changed)
         raise UserError(
-            f"--workdir {path}: labels or file names of the {which} have changed since "
+            f"--workdir {path}: the {which} (labels or file names) have changed since "
             "the run began; name another directory, or use the data as it was"
         )

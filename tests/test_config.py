@@ -265,6 +265,26 @@ def test_settings_that_do_nothing_alone_are_refused(key, text, needed):
     configs.validate(config)
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "other", "acts"),
+    [
+        ("sam.adaptive", "true", "sam.rho", "0.05"),
+        ("optim.momentum", "0.5", "optim.cycle_momentum", "false"),
+        ("optim.momentum", "0.5", "optim.schedule", "cosine"),
+        ("optim.b1", "0.5", "optim.cycle_momentum", "false"),
+        ("optim.nesterov", "true", "optim.name", "sgd"),
+    ],
+)
+def test_settings_of_the_optimiser_that_do_nothing(key, text, other, acts):
+    config = configs.common()
+    config.data.root, config.sam.rho, config.optim.name = "somewhere", 0.0, "adamw"
+    configs.override(config, key, text)
+    with pytest.raises(UserError, match=f"{key} = .*: does nothing without"):
+        configs.validate(config)
+    configs.override(config, other, acts)
+    configs.validate(config)
+
+
 def test_settings_of_the_crop_and_the_resize_that_do_nothing():
     for key, text, needed in (
         ("crop_ratio", "2", "crop_area below 1"),

@@ -124,6 +124,17 @@ def test_wrong_addresses(flags, words, monkeypatch):
         pass
 
 
+def test_data_that_is_not_the_same_everywhere(monkeypatch):
+    hosts.check_same("config.data.root", "images or labels", {"train images": "a"})
+    found = [["a", "one"], ["b", "two"], ["a", "three"]]
+    monkeypatch.setattr(hosts, "gather", lambda value: found)
+    words = (
+        r"data\.root: process 1 \(two\) has other images or labels than process 0 \(one"
+    )
+    with pytest.raises(UserError, match=words):
+        hosts.check_same("config.data.root", "images or labels", "a")
+
+
 def test_alone_nothing_is_gathered():
     assert hosts.gather({"a": [1, None]}) == [{"a": [1, None]}]
     assert hosts.of_first("x") == "x"

@@ -26,6 +26,7 @@ from mljax import (
 )
 from mljax.metrics import classification_report
 from mljax.models.functional import split
+from mljax.progress import Progress
 from mljax.report import __main__ as report
 from mljax.report import curves, numbers
 
@@ -117,6 +118,24 @@ def test_curves_of_a_run_that_was_stopped(tmp_path):
     # TensorBoard itself shows no step twice.
     events = plugin_event_accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [point.step for point in events.Tensors("train/loss")] == [*range(1, 8)]
+
+
+def test_a_run_goes_on_where_its_curves_cannot_be_written(tmp_path, capsys):
+    class Full:
+        def write_scalars(self, step, values):
+            raise OSError(28, "No space left on device")
+
+    said = terminal.Terminal(config.common(), tmp_path, 10, 100, 0)
+    said.close()
+    said._writer = Full()
+    said.config.train.log_every = 1
+    metrics = {"finite": True, "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0}
+    for step in (1, 2):
+        said.step(step, metrics, Progress())
+    said.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["step", "tensorboard:", "step"]
+    assert "no curves from here on ([Errno 28] No space left" in lines[1]
 
 
 NAMES = ["$x_", "<script>alert(1)</script>", "_hidden", 'a "quoted" & long ' * 3, "été"]

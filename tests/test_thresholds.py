@@ -2,13 +2,15 @@
 
 import json
 
+import data_trees
 import numpy as np
 import pytest
 from small_networks import SMALL
 
-from mljax import checkpoint, decision, predict, thresholds
+from mljax import checkpoint, decision, held_out, predict, thresholds
 from mljax import config as configs
 from mljax.calibration import Calibration
+from mljax.data import DATASETS
 from mljax.data.shapes import CLASS_NAMES
 from mljax.decision import Decision
 from mljax.errors import UserError
@@ -145,6 +147,28 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     saves.close()
     assert not file.parent.exists()
     assert predict.load(tmp_path).thresholds.tolist() == [0.5] * 14
+
+
+def test_images_held_out_of_other_data_are_refused(tmp_path):
+    data_trees.tree(tmp_path, num_train=60)
+    whole = configs.common()
+    whole.data.update(name="annotations", root=str(tmp_path), holdout=0.3)
+    sources = DATASETS["annotations"](whole.data, whole.seed)
+    about = {
+        "config": whole.to_dict(),
+        "class_names": list("abc"),
+        "data": {"holdout images": sources.holdout.fingerprint()},
+    }
+    source, name = held_out.load(about, None, None)
+    assert source.names == sources.holdout.names and name == "30% held out of train"
+    train = json.loads((tmp_path / "train.json").read_text())
+    train["images"] = train["images"][5:]
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    with pytest.raises(UserError, match="training data has changed since the run"):
+        held_out.load(about, "holdout", None)
+    assert held_out.load(about, "val", None)[0].names == sources.val.names
+    del about["data"]  # a checkpoint of an older mljax
+    held_out.load(about, "holdout", None)
 
 
 def test_what_is_gained_is_measured_on_the_other_half():

@@ -67,7 +67,7 @@ def test_data_that_changed_is_refused(tmp_path):
             "class_names": train.class_names,
             "num_train": len(train),
             "data": {
-                "training images": train.fingerprint(),
+                "train images": train.fingerprint(),
                 "val images": val.fingerprint(),
             },
         }
@@ -81,7 +81,7 @@ def test_data_that_changed_is_refused(tmp_path):
     for old, new in (('["a", "b"]', '["a", "c"]'), ("val/3.png", "val/2.png")):
         assert old in text
         val.write_text(text.replace(old, new))
-        changed = "labels or file names of the val images have changed"
+        changed = r"the val images \(labels or file names\) have changed"
         with pytest.raises(UserError, match=f"--workdir run: {changed}"):
             workdir.check_same_data("run", saved, about(tmp_path / "moved"))
     del saved["data"]  # a checkpoint of an older mljax

@@ -59,10 +59,10 @@ class Source:
         return [self.class_names[i] for i in np.flatnonzero(which)]
 
     def fingerprint(self) -> str:
-        """Of labels and file names, in order: other data has another one, the same data
-        in another folder has the same."""
+        """Of class names, labels and file names, in order: other data has another one,
+        the same data in another folder has the same."""
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
-        for name in self.names:
+        for name in (*self.class_names, *self.names):
             file = PurePath(name).name.encode(errors="backslashreplace")
             digest.update(file + b"\n")
         return digest.hexdigest()

@@ -89,7 +89,7 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
         return x
     if rngs is None:
         raise ValueError("dropout in training needs rngs=nnx.Rngs(...)")
-    dropped = round(rate * 65536)
+    dropped = min(round(rate * 65536), 65535)
     axis = min(1, x.ndim - 1)  # not the batch, which may be sharded
     size = x.shape[axis]
     drawn = (*x.shape[:axis], -(-size // 2), *x.shape[axis + 1 :])
