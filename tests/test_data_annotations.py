@@ -75,6 +75,8 @@ def test_take(folder):
         ([1, 2], [["photos/0.jpg", [True]]], "label true"),
         ([1, 2], [["photos/0.jpg", [1.0, [2]]]], r"\(2 such labels\)"),
         (["a", "b", "a"], [["photos/0.jpg", ["a"]]], "'a' is listed more than once"),
+        (["a", " "], [["photos/0.jpg", ["a"]]], "class ' ' in 'classes' is blank"),
+        (["a", "b\ud83d"], [["photos/0.jpg", []]], "is blank or no text: give it"),
         (["a", 1], [["photos/0.jpg", ["a"]]], "'classes' must be a list"),
         ([], [["photos/0.jpg", []]], "'classes' must be a list"),
         ({"a": 1}, [["photos/0.jpg", []]], "'classes' must be a list"),

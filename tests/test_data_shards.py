@@ -94,6 +94,23 @@ def test_a_finished_folder_is_left_alone(made, capsys):
     assert {p: p.stat().st_mtime_ns for p in root.iterdir()} == before
 
 
+def test_other_embeddings_replace_the_old_ones(made, tmp_path, capsys):
+    files, root = made[1] / "files", tmp_path / "shards"
+    shutil.copytree(made[1] / "shards", root)
+    before = {p: p.read_bytes() for p in root.iterdir()}
+    assert write_shards(files, root) == 0
+    assert "embeddings.npy: label embeddings: random" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in root.iterdir()} == before
+    words = "".join(f"{name} 1 2 {i}\n" for i, name in enumerate(CLASSES[:2]))
+    (tmp_path / "glove.txt").write_text(words)
+    flag = f"--config.model.graph.embeddings={tmp_path / 'glove.txt'}"
+    assert write_shards(files, root, flag) == 0
+    assert CLASSES[2] in capsys.readouterr().out  # it has no vector
+    assert np.load(root / "embeddings.npy").shape == (3, 3)
+    changed = {p.name for p in root.iterdir() if p.read_bytes() != before[p]}
+    assert changed == {"embeddings.npy"}
+
+
 def test_a_lost_shard_is_written_again(made, tmp_path):
     files, root = made[1] / "files", tmp_path / "shards"
     shutil.copytree(made[1] / "shards", root)

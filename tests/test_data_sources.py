@@ -233,6 +233,61 @@ def test_what_separates_cells_and_labels_otherwise_is_told(tmp_path):
     assert load(config).train.notes == () and load(config).train.labels.sum() == 12
 
 
+@pytest.mark.parametrize(
+    ("lines", "changes", "classes", "note"),
+    [
+        # What stands between cells and around them.
+        (['p, "cat;dog"', 'q, "dog"', "  , "], {}, ["cat", "dog"], None),
+        (["p,cat\tdog", "q,dog"], {"separator": "tab"}, ["cat", "dog"], None),
+        # Two spellings of one image.
+        (["p,cat", "./p,dog", "q,"], {}, ["cat", "dog"], "1 lines name an image again"),
+        # Another separator between a few of many.
+        (
+            [f"p,{c}" for c in "abcdefgh"] + ['q,"a, b"'],
+            {},
+            ["a", "a, b", *"bcdefgh"],
+            "1 labels are lists of others with ',' between them, such as 'a, b'",
+        ),
+        (['p,"{cat,dog}"', "q,"], {}, "is no list of labels", None),
+        (["p,\"('cat',)\"", "q,"], {}, "is no list of labels", None),
+        (["p,'cat' ; \"dog\"", 'q,"""a"";b"'], {}, "is no list of labels", None),
+    ],
+)
+def test_lists_as_people_write_them(tmp_path, lines, changes, classes, note):
+    for name in ("p", "q"):
+        (tmp_path / name).write_bytes(encode(blocks(), "PNG"))
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,labels", *lines, ""]))
+    config = data_config(tmp_path, name="table", train="train.csv", val="val.csv")
+    config.table.update(labels="labels", **changes)
+    if isinstance(classes, str):
+        with pytest.raises(UserError, match=classes):
+            load(config)
+        return
+    source = load(config).train
+    assert source.class_names == classes and len(source) == 2
+    assert any(note in n for n in source.notes) if note else source.notes[1:] == ()
+
+
+def test_voc_photos_in_folders_below(tmp_path):
+    config = source_trees.write("voc", tmp_path)
+    before = load(config).train
+    pixels = before.read(0).numpy()
+    for part in ("JPEGImages", "Annotations"):
+        (tmp_path / part / "sub").mkdir()
+    listed = tmp_path / "ImageSets" / "Main" / "train.txt"
+    name, *others = listed.read_text().splitlines()
+    listed.write_text("\n".join([f"sub/{name}", *others, ""]))
+    (photo,) = (tmp_path / "JPEGImages").glob(f"{name}.*")
+    photo.rename(tmp_path / "JPEGImages" / "sub" / f"{name}.JPEG")
+    (tmp_path / "Annotations" / f"{name}.xml").rename(
+        tmp_path / "Annotations" / "sub" / f"{name}.xml"
+    )
+    after = load(config).train
+    np.testing.assert_array_equal(after.labels, before.labels)
+    np.testing.assert_array_equal(after.read(0), pixels)
+
+
 def test_label_columns_by_name(tmp_path):
     config = source_trees.write("table", tmp_path)
     config.table.columns = "cat, ant"

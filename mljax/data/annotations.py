@@ -82,6 +82,11 @@ def _parse(path: str) -> tuple[list, list]:
         raise UserError(
             f"{path}: 'classes' must be a list of names (all strings or all integers)"
         )
+    if unfit := [c for c in classes if not files.is_name(str(c))]:
+        raise UserError(
+            f"{path}: class {files.quoted(unfit[0])} in 'classes' is blank or no text: "
+            "give it a name"
+        )
     repeated = [c for c, n in Counter(classes).items() if n > 1]
     if repeated:
         raise UserError(

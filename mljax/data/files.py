@@ -77,10 +77,11 @@ def from_files(
             raise UserError(
                 f"{where}: {quoted(names[absent[0]])} cannot be the name of a file"
             )
+        slash = "; / stands between folders here" if "\\" in names[absent[0]] else ""
         raise UserError(
             f"{where}: image file {quoted(names[absent[0]])} is missing "
             f"({len(absent)} of {len(files)} are); paths are relative to "
-            f"{folder or '.'} "
+            f"{folder or '.'}{slash} "
             "(data.on_error=skip or data.drop_missing=true goes on without them)"
         )
     keep = np.flatnonzero(present).tolist()
@@ -103,13 +104,23 @@ def from_files(
     )
 
 
+def is_name(text: str) -> bool:
+    """Whether a class can be called so: not blank, and text that can be written (JSON
+    allows halves of characters)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return bool(text.strip())
+
+
 def _contradictions(names: Sequence[str], labels: np.ndarray) -> list[str]:
     """A note where an image is listed several times, with different labels."""
     first: dict[str, int] = {}
     off = [
         name
         for row, name in enumerate(names)
-        if (before := first.setdefault(name, row)) != row
+        if (before := first.setdefault(os.path.normpath(name), row)) != row
         and not np.array_equal(labels[before], labels[row])
     ]
     if not off:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mljax.errors import UserError
 
 if TYPE_CHECKING:
     from mljax.data.source import Source
+    from mljax.label_graph_data import LabelGraph
 
 IMAGES = 1024
 
@@ -53,11 +54,16 @@ def run(args: argparse.Namespace) -> None:
     from mljax.data import shards
 
     sources = _load(config)
+    graph = _graph(config, sources["train"])
     plan = _plan(sources, args.images_per_shard)
     _open(args.output, plan)
     lost = _lost(args.output, plan)
+    _write_graph(args.output, graph)
     if shards.read_json(args.output, shards.ABOUT) is not None and not lost:
-        print(f"{args.output}: is complete already")
+        print(
+            f"{args.output}: is complete already (photos that changed under their old "
+            "names are not read again: name a new folder for that)"
+        )
         return
     unreadable: list[str] = []
     for split, source in sources.items():
@@ -69,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
                 _write_shard(args.output, name, source, rows, config, unreadable)
             _progress(f"{split} {number + 1}/{len(names)}", number + 1 == len(names))
         _write_table(args.output, split, source, names)
-    _write_graph(args.output, config, sources["train"])
     about = {"class_names": sources["train"].class_names, "splits": plan["splits"]}
     _write_json(args.output, shards.ABOUT, {"format": shards.FORMAT, **about})
     for split, source in sources.items():
@@ -240,37 +245,56 @@ def _write_table(root: str, split: str, source: "Source", names: list[str]) -> N
     }
     if source.objects is not None:
         table["objects"] = source.objects
-    _write(root, f"{split}.npz", lambda file: np.savez_compressed(file, **table))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **table)
+    _write(root, f"{split}.npz", buffer.getvalue())
 
 
-def _write_graph(root: str, config: ConfigDict, train: "Source") -> None:
-    """cooccurrence.npy and embeddings.npy, for model.graph.adjacency and .embeddings"""
+def _graph(config: ConfigDict, train: "Source") -> "LabelGraph":
+    """Of all of train; says what the embeddings are."""
     from mljax import label_graph_data
 
     config = config.copy_and_resolve_references()
     config.model.head = "gcn"
     graph = label_graph_data.build(config, train)
     assert graph is not None
-    _write(root, "cooccurrence.npy", lambda file: np.save(file, graph.cooccurrence))
-    _write(root, "embeddings.npy", lambda file: np.save(file, graph.embeddings))
+    for note in graph.notes:
+        print(f"embeddings.npy: {note}")
+    return graph
+
+
+def _write_graph(root: str, graph: "LabelGraph") -> None:
+    """cooccurrence.npy and embeddings.npy, for model.graph.adjacency and .embeddings;
+    another graph than that of the last start replaces it."""
+    import tensorflow as tf
+
+    from mljax.data import shards
+
+    for what in ("cooccurrence", "embeddings"):
+        buffer = io.BytesIO()
+        np.save(buffer, getattr(graph, what))
+        content, path = buffer.getvalue(), shards.join(root, f"{what}.npy")
+        if tf.io.gfile.exists(path):
+            with tf.io.gfile.GFile(path, "rb") as file:
+                if file.read() == content:
+                    continue
+        _write(root, f"{what}.npy", content)
 
 
 def _write_json(root: str, name: str, content: Any) -> None:
     text = json.dumps(content, indent=None if "tfrecord" in name else 2)
-    _write(root, name, lambda file: file.write(text.encode()))
+    _write(root, name, text.encode())
 
 
-def _write(root: str, name: str, fill: Callable[[io.BytesIO], Any]) -> None:
+def _write(root: str, name: str, content: bytes) -> None:
     """Writes a file whole or not at all."""
     import tensorflow as tf
 
     from mljax.data import shards
 
-    content = io.BytesIO()
-    fill(content)
     part = shards.join(root, f"{name}.part")
     with tf.io.gfile.GFile(part, "wb") as file:
-        file.write(content.getvalue())
+        file.write(content)
     tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
 
 

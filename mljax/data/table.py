@@ -57,6 +57,11 @@ def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     tables = {split: _read(data_config, split) for split in ("train", "val")}
     if data_config.table.labels:
         return _from_lists(data_config, tables)
+    if data_config.classes:
+        raise UserError(
+            f"data.classes = {data_config.classes}: does nothing where each label has "
+            "a column of its own: name these columns with data.table.columns"
+        )
     sources = {}
     for split, table in tables.items():
         names = _label_columns(data_config, table)
@@ -71,9 +76,15 @@ def _read(data_config: ConfigDict, split: str) -> _Table:
     path = os.path.join(data_config.root, options.file or data_config[split])
     text = files.read_text(path, "data.train and data.val name CSV files in data.root")
     delimiter = _DELIMITERS.get(options.delimiter, options.delimiter)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True
+    )
     try:
-        lines = [(reader.line_num, cells) for cells in reader if cells]
+        lines = [
+            (reader.line_num, cells)
+            for cells in reader
+            if any(cell.strip() for cell in cells)  # programs leave rows of blanks
+        ]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
     if not lines:
@@ -85,13 +96,13 @@ def _read(data_config: ConfigDict, split: str) -> _Table:
             f"{path}, line 1: column {files.quoted(repeated[0])} stands there twice"
         )
     rows = lines[1:]
+    table = _Table(path, header, rows)
     for number, cells in rows:
         if len(cells) != len(header):
             raise UserError(
                 f"{path}, line {number}: has {len(cells)} cells, the first line "
-                f"{len(header)}"
+                f"{len(header)}{_other_delimiter(table)}"
             )
-    table = _Table(path, header, rows)
     if options.split:
         at = _column(table, options.split, "data.table.split")
         rows = [row for row in rows if row[1][at].strip() == data_config[split]]
@@ -108,15 +119,21 @@ def _read(data_config: ConfigDict, split: str) -> _Table:
 def _column(table: _Table, name: str, key: str) -> int:
     if name not in table.header:
         known = ", ".join(table.header)[:200]
-        more = ""
-        marks = {";": ";", "\t": "tab", ",": ","}
-        if len(table.header) == 1 and (found := [m for m in marks if m in known]):
-            more = f" (data.table.delimiter={marks[found[0]]!r} would split that)"
         raise UserError(
             f"{table.path}, line 1: has no column {name!r} ({key}); it has "
-            f"{known!r}{more}"
+            f"{known!r}{_other_delimiter(table)}"
         )
     return table.header.index(name)
+
+
+def _other_delimiter(table: _Table) -> str:
+    """What to add to an error where the first line is one cell with several names."""
+    marks = {";": ";", "\t": "tab", ",": ","}
+    (first, *others) = table.header
+    found = [mark for mark in marks if mark in first and not others]
+    if not found:
+        return ""
+    return f" (data.table.delimiter={marks[found[0]]!r} would split that)"
 
 
 def _label_columns(data_config: ConfigDict, table: _Table) -> list[str]:
@@ -166,6 +183,7 @@ def _from_lists(
 ) -> dict[str, Source]:
     options = data_config.table
     columns = {"labels": options.labels, "unknown": options.unknown}
+    separator = _DELIMITERS.get(options.separator, options.separator)
 
     def read_lists(table: _Table) -> list[list[list[str]]]:
         """For each line its labels and, with data.table.unknown, its unknown labels."""
@@ -175,7 +193,7 @@ def _from_lists(
             if name
         ]
         return [
-            [_names(table.path, number, cells[at], options.separator) for at in places]
+            [_names(table.path, number, cells[at], separator) for at in places]
             for number, cells in table.rows
         ]
 
@@ -206,7 +224,7 @@ def _from_lists(
     for split, rows in lists.items():
         table = tables[split]
         at = _column(table, options.image, "data.table.image")
-        images = [cells[at].strip() for _, cells in table.rows]
+        images = [os.path.normpath(cells[at].strip()) for _, cells in table.rows]
         first = {name: i for i, name in reversed(list(enumerate(images)))}
         labels = np.zeros((len(rows), len(class_names)), np.int8)
         objects = np.zeros(labels.shape, np.uint16)
@@ -219,9 +237,11 @@ def _from_lists(
                 labels[first[name], column[label]] = 1
                 objects[first[name], column[label]] += 1
         keep = sorted(first.values())
-        notes = _other_separator(class_names, options.separator)
+        notes = _other_separator(class_names, separator)
         if again := len(rows) - len(keep):
-            notes = [f"{again} lines name an image again: their labels are added to it"]
+            notes.append(
+                f"{again} lines name an image again: their labels are added to it"
+            )
         table = table._replace(rows=[table.rows[i] for i in keep])
         sources[split] = _source(
             data_config, split, table, class_names, labels[keep], objects[keep], notes
@@ -238,16 +258,28 @@ def _other_separator(labels: Sequence[str], separator: str) -> list[str]:
                 f"{len(labels)} labels, which would be {len(parts - {''})} if "
                 f"{other!r} separated them (data.table.separator)"
             ]
+    known = set(labels)
+    for other in {",", ";", "|"} - {separator}:
+        several = [
+            label
+            for label in labels
+            if other in label and {part.strip() for part in label.split(other)} <= known
+        ]
+        if several:
+            return [
+                f"{len(several)} labels are lists of others with {other!r} between "
+                f"them, such as {files.quoted(several[0])} (data.table.separator)"
+            ]
     return []
 
 
 def _names(path: str, number: int, cell: str, separator: str) -> list[str]:
     """The labels in a cell."""
     cell = cell.strip()
-    if not cell.startswith("["):
+    if not cell.startswith(("[", "{", "('", '("', '"')):
         return [name.strip() for name in cell.split(separator) if name.strip()]
     found = _listed(cell)
-    if found is None:
+    if found is None:  # also a set, a tuple, an array of a database, quotes left over
         raise UserError(
             f"{path}, line {number}: {files.quoted(cell)} is no list of labels, such "
             "as ['cat', 'dog']"

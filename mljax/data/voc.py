@@ -158,7 +158,11 @@ def _source(
         )
     given = data_config[f"{split}_images"] or "JPEGImages"
     folder = os.path.join(data_config.root, given)
-    images = files.find_images([folder])
+    images = {
+        os.path.join(part, name): file
+        for part in {os.path.dirname(a.name) for a in annotations}
+        for name, file in files.find_images([os.path.join(folder, part)]).items()
+    }
     return files.from_files(
         _set_file(data_config, split),
         class_names=class_names,
