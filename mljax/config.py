@@ -244,8 +244,6 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     rho, by_gradient = config.sam.rho, config.sam.direction == "gradient"
     cheaper = ("direction", "groups", "every_steps", "every_images")
     lists = "config.data.table.labels"
-    cycled = optim.schedule == "one_cycle" and optim.cycle_momentum
-    no_cycle = "config.optim.cycle_momentum = false"
     checks = [
         (f"data.{key}", data.name in names, f"config.data.name = {' or '.join(names)}")
         for key, names in BELONGS_TO.items()
@@ -278,8 +276,6 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
             for key in (*cheaper[1:], "adaptive", "update_stats")
         ),
         ("sam.adaptive", rho > 0, "config.sam.rho above 0"),
-        ("optim.momentum", not cycled, no_cycle),
-        ("optim.b1", not cycled, no_cycle),
         ("optim.nesterov", optim.name == "sgd", "config.optim.name = sgd"),
         ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
         ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),

@@ -185,17 +185,22 @@ class Terminal:
 def curves_writer(folder: Path, start: int) -> Any:
     """A clu writer of what follows step `start`; TensorBoard is told to forget what a
     run that was killed has written of the same steps."""
+    import tensorflow as tf
     from clu import metric_writers
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     if folder.exists():
-        forget = EventFileWriter(str(folder))
+        # Files are read by name: this one comes before that of the writer, whose name
+        # has the time, the machine and more.
+        now = time.time()
+        file = folder / f"events.out.tfevents.{int(now):010}.0"
         session = SessionLog(status=SessionLog.START)
-        forget.add_event(
-            Event(wall_time=time.time(), step=start + 1, session_log=session)
-        )
-        forget.close()
+        with tf.io.TFRecordWriter(str(file)) as forget:
+            for event in (
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=start + 1, session_log=session),
+            ):
+                forget.write(event.SerializeToString())
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
 
 

@@ -269,9 +269,6 @@ def test_settings_that_do_nothing_alone_are_refused(key, text, needed):
     ("key", "text", "other", "acts"),
     [
         ("sam.adaptive", "true", "sam.rho", "0.05"),
-        ("optim.momentum", "0.5", "optim.cycle_momentum", "false"),
-        ("optim.momentum", "0.5", "optim.schedule", "cosine"),
-        ("optim.b1", "0.5", "optim.cycle_momentum", "false"),
         ("optim.nesterov", "true", "optim.name", "sgd"),
     ],
 )

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,9 +104,13 @@ def test_confusions_and_most_wrong_by_hand():
 
 
 def test_curves_of_a_run_that_was_stopped(tmp_path):
+    from clu import metric_writers
     from tensorboard.backend.event_processing import plugin_event_accumulator
 
     for start, stop, add in ((1, 5, 0.0), (4, 8, 0.5)):
+        if stop == 8:
+            time.sleep(1.1)  # names of files begin with the second
+            metric_writers.SummaryWriter(str(tmp_path / "other")).close()
         writer = terminal.curves_writer(tmp_path, start - 1)
         for step in range(start, stop):
             writer.write_scalars(step, {"train/loss": step + add})
