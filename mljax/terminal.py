@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mljax import finetune, speed
 from mljax.data.source import Sources
 from mljax.early_stopping import Decision
+from mljax.errors import UserError
 from mljax.progress import Progress
 from mljax.run import Run
 
@@ -195,12 +196,15 @@ def curves_writer(folder: Path, start: int) -> Any:
         now = time.time()
         file = folder / f"events.out.tfevents.{int(now):010}.0"
         session = SessionLog(status=SessionLog.START)
-        with tf.io.TFRecordWriter(str(file)) as forget:
-            for event in (
-                Event(wall_time=now, file_version="brain.Event:2"),
-                Event(wall_time=now, step=start + 1, session_log=session),
-            ):
-                forget.write(event.SerializeToString())
+        try:
+            with tf.io.TFRecordWriter(str(file)) as forget:
+                for event in (
+                    Event(wall_time=now, file_version="brain.Event:2"),
+                    Event(wall_time=now, step=start + 1, session_log=session),
+                ):
+                    forget.write(event.SerializeToString())
+        except tf.errors.OpError as error:
+            raise UserError(f"{file}: cannot be written ({error.message})") from None
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
 
 

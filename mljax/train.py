@@ -1,5 +1,6 @@
 """Training from the first line to the last: `train(config, workdir)`."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -203,7 +204,8 @@ def data_keys(
         if source is not None
     }
     if (weights := class_weights(config, class_names)) is not None:
-        keys["class weights"] = weights.tobytes().hex()
+        digest = hashlib.blake2b(weights.tobytes(), digest_size=16)
+        keys["class weights"] = digest.hexdigest()
     return keys
 
 

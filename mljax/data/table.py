@@ -259,11 +259,12 @@ def _other_separator(labels: Sequence[str], separator: str) -> list[str]:
                 f"{other!r} separated them (data.table.separator)"
             ]
     known = set(labels)
-    for other in {",", ";", "|"} - {separator}:
+    for other in _SEPARATORS[:3]:
         several = [
             label
             for label in labels
-            if other in label and {part.strip() for part in label.split(other)} <= known
+            if other in label.replace(separator, "")
+            and {part.strip() for part in label.split(other)} <= known
         ]
         if several:
             return [
