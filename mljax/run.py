@@ -1,5 +1,6 @@
 """What training and evaluation share: a config's model on its mesh."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from mljax import (
     step,
 )
 from mljax.data import DATASETS, augment, pipeline
-from mljax.data.source import Source
+from mljax.data.source import Source, Sources
 from mljax.errors import UserError
 from mljax.label_graph_data import LabelGraph
 from mljax.models.functional import as_function, functional, split
@@ -171,7 +172,7 @@ def make_augment(config: ConfigDict) -> step.Augment:
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:
     """The loss of `config.loss`, with the class weights of its file; of a pair with
     `config.mutual` what `mutual.make_loss` makes of it."""
-    loss = losses.make_loss(config.loss, class_weights(config, class_names))
+    loss = losses.make_loss(config.loss, _class_weights(config, class_names))
     if not config.mutual.weight:
         return loss
     # Where the losses of parts of the batch are added up, each has its share of it.
@@ -180,11 +181,20 @@ def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.A
     return mutual.make_loss(loss, config.mutual.weight, scale, whole)
 
 
-def class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:
-    """float32 [num_classes] of `config.loss.class_weights`; None without such a file.
+def data_keys(sources: Sources, config: ConfigDict) -> dict[str, str]:
+    """What tells the data of a run from other data, by what changed."""
+    keys = {
+        f"{name} images": source.fingerprint()
+        for name, source in sources._asdict().items()
+        if source is not None
+    }
+    if (weights := _class_weights(config, sources.train.class_names)) is not None:
+        digest = hashlib.blake2b(weights.tobytes(), digest_size=16)
+        keys["class weights"] = digest.hexdigest()
+    return keys
 
-    Raises UserError if it cannot be read or does not fit the classes.
-    """
+
+def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:
     if not config.loss.class_weights:
         return None
     file = Path(config.loss.class_weights)

@@ -1,6 +1,5 @@
 """Training from the first line to the last: `train(config, workdir)`."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -35,14 +34,7 @@ from mljax.checkpoint import Checkpoints, finishing
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
 from mljax.progress import Progress
-from mljax.run import (
-    Run,
-    check_names,
-    class_weights,
-    make_augment,
-    make_loss,
-    make_run,
-)
+from mljax.run import Run, check_names, data_keys, make_augment, make_loss, make_run
 from mljax.terminal import Terminal
 
 
@@ -194,21 +186,6 @@ def setup(
     )
 
 
-def data_keys(
-    sources: Sources, config: ConfigDict, class_names: list[str]
-) -> dict[str, str]:
-    """What tells the data of a run from other data, by what changed."""
-    keys = {
-        f"{name} images": source.fingerprint()
-        for name, source in sources._asdict().items()
-        if source is not None
-    }
-    if (weights := class_weights(config, class_names)) is not None:
-        digest = hashlib.blake2b(weights.tobytes(), digest_size=16)
-        keys["class weights"] = digest.hexdigest()
-    return keys
-
-
 def train(config: ConfigDict, path: str) -> dict[str, Any]:
     """Trains, or goes on where the same command stopped.
 
@@ -238,6 +215,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
     source, names = sources.train, sources.train.class_names
     speed.check_span(config.profile, total_steps)
+    data = data_keys(sources, config)
+    hosts.check_same("config.data.root", "images or labels", data)
     folder = Path(path).absolute()
     if jax.process_index() == 0:
         workdir.open_for_training(path, config)
@@ -248,10 +227,9 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         "config": config.to_dict(),
         "class_names": names,
         "num_train": len(source.names),
-        "data": data_keys(sources, config, names),
+        "data": data,
         "versions": versions.installed(),
     }
-    hosts.check_same("config.data.root", "images or labels", about["data"])
     last = Checkpoints(folder / "checkpoints")
     best = Checkpoints(folder / "best")
     start = hosts.of_first(last.latest() or 0)

@@ -13,6 +13,10 @@ import numpy as np
 from data_trees import data_config, encode, write_json
 from ml_collections import ConfigDict
 
+from mljax import config as configs
+from mljax.data import DATASETS
+from mljax.data.source import Sources
+
 CLASSES = ["ant", "bee", "cat"]
 Labels = dict[str, np.ndarray]
 
@@ -187,3 +191,11 @@ def write(
 ) -> ConfigDict:
     """Draws the tree into `root`, an empty folder; gives the config that reads it."""
     return WRITERS[name](root, {"train": train, "val": val})
+
+
+def load(config: ConfigDict) -> Sources:
+    """What training makes of `config.data`."""
+    whole = configs.common()
+    whole.data = config
+    configs.validate(whole)
+    return DATASETS[config.name](config, 0)

@@ -62,9 +62,9 @@ class Source:
         """Of class names, labels and file names, in order: other data has another one,
         the same data in another folder has the same."""
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
-        for name in (*self.class_names, *self.names):
-            file = PurePath(name).name.encode(errors="backslashreplace")
-            digest.update(file + b"\n")
+        files = (PurePath(name).name for name in self.names)
+        for text in (*self.class_names, *files):
+            digest.update(text.encode(errors="backslashreplace") + b"\n")
         return digest.hexdigest()
 
     def take(self, indices: np.ndarray, split: str | None = None) -> "Source":

@@ -263,7 +263,8 @@ def _other_separator(labels: Sequence[str], separator: str) -> list[str]:
         several = [
             label
             for label in labels
-            if other in label.replace(separator, "")
+            if other != separator
+            and other in label
             and {part.strip() for part in label.split(other)} <= known
         ]
         if several:
