@@ -40,6 +40,9 @@ def as_trained(restart: bool = True) -> None:
 
     if restart:
         memory.restart_tuned()
+    from mljax import backend
+
+    backend.compute_inline()
 
 
 class Worker:

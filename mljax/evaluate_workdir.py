@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mljax import compile_cache, evaluate, results, workdir
+from mljax import backend, evaluate, results, workdir
 from mljax import config as configs
 from mljax.checkpoint import describe, find_best
 from mljax.data import DATASETS
@@ -24,7 +24,7 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
         UserError: there is no checkpoint, or its classes are not those of the data, or
             its model is not that of the config.
     """
-    compile_cache.enable()
+    backend.set_up()
     check_names(config)
     folder = Path(path).absolute()
     best = find_best(folder)

@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--output {folder}: cannot be made ({error.strerror}); name another"
         ) from None
-    from mljax import compile_cache, heatmap_pictures, heatmaps
+    from mljax import backend, heatmap_pictures, heatmaps
 
-    compile_cache.enable()
+    backend.set_up()
     model = heatmaps.load(args.checkpoint)
     unreadable = 0
     for start in range(0, len(paths), heatmaps.BATCH):

@@ -124,7 +124,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     _check_output(args, output)
-    from mljax import checkpoint, compile_cache, decision, predict
+    from mljax import backend, checkpoint, decision, predict
     from mljax.formats import FORMATS, onnx_file
     from mljax.formats.program import make
     from mljax.models import folded, pretrained
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     program.quiet()
     if args.format == "onnx":
         onnx_file.require_all()
-    compile_cache.enable()
+    backend.set_up()
     step = checkpoint.find_best(Path(args.checkpoint).absolute())
     model, about = pretrained.restore(step, dtype="float32")
     decided = decision.load(step, about["class_names"])

@@ -113,8 +113,9 @@ def run(args: argparse.Namespace) -> None:
             f"--workdir {args.workdir}: must be a directory; mount the bucket, or use "
             "another file system that all machines share"
         )
-    from mljax import hosts
+    from mljax import backend, hosts
 
+    backend.set_up()
     # The computers may differ in where the data is and how it is read, not in more.
     settings = {"--mode": args.mode, "--workdir": os.path.abspath(args.workdir)}
     for key, value in configs.flatten(config).items():

@@ -11,11 +11,12 @@ import os
 import sys
 from importlib.metadata import entry_points
 
-# Nothing is mapped apart, nothing given back. A thread's own heap is at most 64 MB, and
-# what is larger comes from the main one; with the main heap alone, the search for a
-# free block among those that compiling left behind took 14 % of a training step's
-# time. 2.35 is the first with huge pages, and what a version does not know it leaves
-# out. Read by glibc as the program starts.
+# Nothing is mapped apart, nothing given back, of what the main thread asks for. Another
+# thread's heap is at most 64 MB, and what is larger is mapped apart whatever is set:
+# `backend` therefore computes in the main thread. With one heap for all threads, the
+# search for a free block among those that compiling left behind took 14 % of a
+# training step's time. 2.35 is the first with huge pages, and what a version does not
+# know it leaves out. Read by glibc as the program starts.
 _TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=4:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1000000000000"

@@ -227,9 +227,9 @@ def run(args: argparse.Namespace) -> None:
         check_writable("--show", Path(args.show))
     paths = find_images(args.images)
     with writer(args.output) as output:  # an unwritable place is found before the work
-        from mljax import compile_cache
+        from mljax import backend
 
-        compile_cache.enable()
+        backend.set_up()
         model = load(args.checkpoint, args.batch_size)
         output.begin(model.class_names)
         shown = set(np.linspace(0, len(paths) - 1, 24).astype(int)) if args.show else ()

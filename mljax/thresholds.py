@@ -150,14 +150,14 @@ def _probabilities(
 
 def run(args: argparse.Namespace) -> None:
     _check(args)
-    from mljax import checkpoint, compile_cache
+    from mljax import backend, checkpoint
 
     step = checkpoint.find_best(Path(args.checkpoint).absolute())
     file = step / decision.FILE
     if file.exists() and not args.overwrite:
         raise UserError(f"{file}: exists; add --overwrite to choose again")
     program.quiet()
-    compile_cache.enable()
+    backend.set_up()
     names, logits, labels, source = _scores(step, args)
     choose = chooser(args)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mljax import (
-    compile_cache,
+    backend,
     evaluate,
     find_lr,
     finetune,
@@ -80,7 +80,7 @@ def setup(
     Raises:
         UserError: the data, the weights or the devices do not fit.
     """
-    compile_cache.enable()
+    backend.set_up()
     check_names(config)
     sources = DATASETS[config.data.name](config.data, config.seed)
     source, names = sources.train, sources.train.class_names

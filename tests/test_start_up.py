@@ -1,6 +1,7 @@
 """What a start does not do again, nor before it is needed."""
 
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,12 +17,12 @@ from small_model import make, make_batch, mlp
 from test_step import optimizer_for
 from test_strategy import settings  # noqa: F401
 
-from mljax import compile_cache, train
+from mljax import backend, memory, train
 from mljax.step import create_state, make_train_step
 
 
 def test_another_seed_is_the_same_program(settings, monkeypatch, own_cache):  # noqa: F811
-    monkeypatch.setattr(compile_cache, "_SHORTEST", 0.0)
+    monkeypatch.setattr(backend, "_SHORTEST", 0.0)
     settings.mutual.weight, settings.data.cutmix_alpha = 0.0, 0.0
     settings.optim.freeze, settings.optim.freeze_epochs = "", 0
     compilation_cache.reset_cache()  # or it keeps the folder of an earlier test
@@ -98,3 +99,35 @@ def test_help_imports_nothing_heavy():
     *text, seconds = done.stdout.splitlines()
     assert sum(line.startswith("usage: ") for line in text) == len(PROGRAMS)
     assert float(seconds) < 1  # all of them: 0.2 s
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc",
+    reason="only glibc's allocator is set up",
+)
+def test_buffers_of_a_step_are_not_mapped_anew(monkeypatch):
+    """Neither with nor without huge pages; 256 MB are 128 or 65,536 of them."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    code = (
+        "import resource\n"
+        "from mljax import backend\n"
+        "backend.set_up()\n"
+        "import jax, jax.numpy as jnp\n"
+        "kept = jax.lax.optimization_barrier\n"
+        "step = jax.jit(lambda x: kept(jnp.sin(kept(jnp.tile(x, (64, 1))))).sum())\n"
+        "def faults(x):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    step(x).block_until_ready()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(*[faults(jnp.ones((1024, 1024))) for _ in range(8)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | memory.tunables(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(int(n) for n in done.stdout.split()[4:]) < 100, done.stdout

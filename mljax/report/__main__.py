@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
     for folder in folders:
         workdir.read_config(folder)  # a mistake is found before the work
     program.quiet()
-    from mljax import compile_cache
+    from mljax import backend
     from mljax.report.gather import gather
 
-    compile_cache.enable()
+    backend.set_up()
     names = run_names(folders)
     runs = [
         gather(name, folder, args.root, print)

@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
     place = _bind(args.host, args.port)
     import uvicorn
 
-    from mljax import compile_cache, export, images
+    from mljax import backend, export, images
     from mljax.serve.app import Limits, Service
 
     # It tells of every malformed body, and the client is told already.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    compile_cache.enable()
+    backend.set_up()
     model = export.load(args.model, args.max_batch)
     limits = Limits(
         max_wait=args.max_wait_ms / 1e3,
