@@ -34,31 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def train(
     args: argparse.Namespace, name: str, seed: int, flags: Iterable[str] = ()
 ) -> Run:
-    """A run in args.workdirs/name. It is resumed, or only read where it is finished."""
+    """A run in args.workdirs/name, begun or resumed; a finished one trains no more."""
     workdir = args.workdirs / name
     rates = []
-    if not (workdir / "metrics.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "mljax.main",
-            f"--config={ROOT / 'configs' / 'corel5k.py'}:{args.variant}",
-            f"--workdir={workdir}",
-            f"--config.data.root={args.root}",
-            f"--config.init_from={args.weights}",
-            f"--config.seed={seed}",
-            *flags,
-        ]
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout
-            for line in process.stdout:
-                print(f"{name}: {line}", end="", flush=True)
-                if line.startswith("step ") and " images/s" in line:
-                    rates.append(float(line.split(" images/s")[0].split()[-1]))
-        if process.returncode:
-            raise SystemExit(f"{name}: training failed; its message is above")
+    command = [
+        sys.executable,
+        "-m",
+        "mljax.main",
+        f"--config={ROOT / 'configs' / 'corel5k.py'}:{args.variant}",
+        f"--workdir={workdir}",
+        f"--config.data.root={args.root}",
+        f"--config.init_from={args.weights}",
+        f"--config.seed={seed}",
+        *flags,
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(f"{name}: {line}", end="", flush=True)
+            if line.startswith("step ") and " images/s" in line:
+                rates.append(float(line.split(" images/s")[0].split()[-1]))
+    if process.returncode:
+        raise SystemExit(f"{name}: training failed; its message is above")
     best = json.loads((workdir / "metrics.json").read_text())["best"]
     rate = statistics.median(rates) if rates else 0.0
     return Run(workdir, rate, best["mAP"], best["epoch"])
