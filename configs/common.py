@@ -117,8 +117,14 @@ def get_config(arg: str = "") -> ConfigDict:
     data.parallel_reads = 0
 
     config.model = model = ConfigDict()
+    # mobilenetv3_large_100 | tf_mobilenetv3_large_minimal_100 | tf_efficientnetv2_s |
+    # tf_efficientnetv2_m | tf_efficientnetv2_l | tresnet_m | tresnet_l | tresnet_v2_l |
+    # resnet50 | resnet101 | vit_tiny_patch16_224 | vit_small_patch16_224 |
+    # vit_base_patch16_224
     model.backbone = "mobilenetv3_large_100"
-    model.head = "linear"  # with the loss aam a linear head is a cosine classifier
+    # linear | cosine | ml_decoder | query2label | csra | gcn | gat. With the loss aam a
+    # linear head is a cosine classifier.
+    model.head = "linear"
     model.pool = "avg"  # avg | max | avg+max
     model.dropout = 0.0  # before the classifier
     model.drop_path = 0.0  # stochastic depth in the backbone: rate of the last block

@@ -17,13 +17,17 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
 fi
 count=$1
 shift
+unset CDPATH # or cd may go elsewhere
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 if [ ! -x "$python" ] && ! command -v "$python" >/dev/null; then
     echo "error: there is no $python: run launch/quickstart.sh once, or name one (PYTHON=python3)" >&2
     exit 1
 fi
-port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')} || {
+    echo "error: $python does not run" >&2
+    exit 1
+}
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=${DEVICES:-1} PYTHONUNBUFFERED=1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes .venv in the root of the clone if it is missing,
 # installs mljax with the extras named in $1 (like "[test]") and sets $python.
+unset CDPATH # or cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 if ! .venv/bin/python -c 'import sys' 2>/dev/null; then

@@ -2,6 +2,7 @@
 # What tpu_vm.sh has done on each host of a TPU, in the clone that it has copied there:
 #   bash launch/tpu_host.sh install | start ARGS of mljax.main... | stop
 set -euo pipefail
+unset CDPATH # or cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 log=../mljax.log pid_file=../mljax.pid
 

@@ -80,6 +80,7 @@ case "$command" in
         ;;
     run)
         [ $# -gt 0 ] || { echo "error: run needs the arguments of mljax.main after --" >&2 && usage; }
+        unset CDPATH # or cd may go elsewhere
         cd "$(dirname "${BASH_SOURCE[0]}")/.."
         archive=${TMPDIR:-/tmp}/mljax-$name.tar.gz
         # Tracked files as they are now, changes that are not committed included.

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from configs.common import get_config
+from mljax import models
 from mljax.models import (
     Classifier,
     blocks,
@@ -172,3 +173,34 @@ def test_whole_networks_have_timms_names(name, classifier):
         angular[f"{classifier}.bias"] = np.zeros(3)
     angular["act2.weight"] = np.full(1, 0.25)
     import_torch.load(whole("cosine", 4), angular)
+
+
+@pytest.mark.parametrize("angular", [False, True])
+def test_a_part_is_a_file_and_a_line(monkeypatch, angular):
+    """Backbone and head as README says how to add them, without any options."""
+
+    class Mine(nnx.Module):
+        num_features = 8
+
+        def __init__(self, *, rngs, dtype, drop_path, remat):
+            self.conv = nnx.Conv(3, 8, (3, 3), strides=8, dtype=dtype, rngs=rngs)
+
+        def __call__(self, images, train, rngs):
+            return self.conv(images)
+
+    class Head(nnx.Module):
+        def __init__(self, features, num_classes, *, cosine, dtype, rngs):
+            assert cosine == angular
+            self.last = nnx.Linear(features, num_classes, dtype=dtype, rngs=rngs)
+
+        def __call__(self, x, train, rngs):
+            return self.last(x.mean((1, 2)))
+
+    monkeypatch.setitem(models.BACKBONES, "mine", Mine)
+    monkeypatch.setitem(models.HEADS, "mine", Head)
+    config = get_config().model
+    config.backbone = "mine"
+    for head in ("mine", "linear", "ml_decoder", "csra", "gcn"):
+        config.head = head
+        model = build_model(config, 5, angular=angular, rngs=nnx.Rngs(0))
+        assert model(IMAGES, train=False).shape == (4, 5)

@@ -207,6 +207,45 @@ def test_restarting_stops_at_mistakes_and_success(tmp_path):
     assert done.returncode == 137 and len(count.read_text()) == 3
 
 
+def test_restarting_what_cannot_be_run():
+    for command, code in ((["no-such-command"], 127), ([ROOT / "README.md"], 126)):
+        done = bash(LAUNCH / "restarting.sh", *command, PAUSE=0)
+        assert done.returncode == code and "restarting:" not in done.stderr
+    done = bash(LAUNCH / "restarting.sh")
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    "script", ["local_hosts.sh", "quickstart.sh", "test.sh", "tpu_host.sh"]
+)
+def test_another_clone_on_cdpath_is_not_taken(tmp_path, script):
+    """Each asks the Python of its clone first; these here say where they are."""
+    for root in ("here", "there"):
+        shutil.copytree(LAUNCH, tmp_path / root / "launch")
+        (tmp_path / root / ".venv/bin").mkdir(parents=True)
+        for name in ("python", "pip"):
+            program = tmp_path / root / ".venv/bin" / name
+            program.write_text(f"#!/bin/bash\necho {root} | tee /dev/stderr\nexit 1\n")
+            program.chmod(0o755)
+    environment = os.environ | {"CDPATH": f"{tmp_path}/there"}
+    if script in ("quickstart.sh", "test.sh"):
+        environment["PYTHON"] = ".venv/bin/python"  # for a new .venv
+    done = subprocess.run(
+        ["bash", f"launch/{script}", "install" if "tpu" in script else "1"],
+        cwd=tmp_path / "here",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    said = (done.stdout + done.stderr).splitlines()
+    assert done.returncode != 0 and "here" in said and "there" not in said, said
+
+
+def test_slurm_script_is_for_sbatch():
+    done = bash(LAUNCH / "slurm.sbatch", SLURM_JOB_ID="")
+    assert done.returncode == 2 and "sbatch" in done.stderr
+
+
 def test_restarting_is_stopped_while_it_waits(tmp_path):
     count = tmp_path / "count"
     process = subprocess.Popen(

@@ -1,8 +1,12 @@
 """Backbones, heads, and the classifier made of one of each.
 
-Adding one is a file and a line in a dict. A backbone is called with images
-[batch, H, W, 3], `train` and `rngs`, and says how many channels its map has
-(`num_features`). A head is called with the map, `train` and `rngs`.
+Adding one is a file and a line in a dict. A backbone is made with `rngs`, `dtype`,
+`drop_path` and `remat`, called with images [batch, H, W, 3], `train` and `rngs`, and
+says how many channels its map has (`num_features`); linear heads have a hidden layer
+if it says how wide (`head_hidden`, with `head_activation`). A head is made with the
+channels, the number of classes, `cosine` (the scores are cosines), `dtype`, `rngs` and
+what `config.model.NAME` holds, if that is there; it is called with the map, `train` and
+`rngs`.
 """
 
 from collections.abc import Callable, Mapping
@@ -123,8 +127,8 @@ def build_model(
         options = dict(
             pool=model_config.pool,
             dropout=model_config.dropout,
-            hidden=backbone.head_hidden,
-            activation="prelu" if angular else backbone.head_activation,
+            hidden=getattr(backbone, "head_hidden", 0),
+            activation="prelu" if angular else getattr(backbone, "head_activation", "relu"),
         )
     elif name in ("gcn", "gat"):
         options = dict(
@@ -140,7 +144,7 @@ def build_model(
             options["adjacency"] = graph.cooccurrence
             options["embeddings"] = graph.embeddings
     elif name in HEADS:
-        options = dict(model_config[name], cosine=angular)
+        options = dict(model_config.get(name, {}), cosine=angular)
     head = build_head(
         name, backbone.num_features, num_classes, rngs=rngs, dtype=dtype, **options
     )

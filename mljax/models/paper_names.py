@@ -137,7 +137,8 @@ def to_paper(
     last, own = within.classifier, name == "tresnet_v2_l"
     linear = isinstance(model.head, LinearHead)
     angular = _is_angular(model.head, head)
-    classes, hidden = read_head(head)["num_classes"], within.head_hidden
+    classes = read_head(head)["num_classes"]
+    hidden = getattr(within, "head_hidden", 0)
     outputs = hidden or within.num_features
     logits = dict(weight=_zeros(classes, outputs), bias=_zeros(classes))
     scores = dict(weight=_zeros(outputs, classes)) if angular else logits
