@@ -29,6 +29,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from mljax.config import common
+from mljax.errors import UserError
 from mljax.models import BACKBONES, HEADS, Classifier, build_model, cpu, label_graph
 
 # (backbone, head) -> 10^9 multiply-adds at 448 x 448 with 80 labels.
@@ -100,12 +101,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=448, help="pixels")
     parser.add_argument("--classes", type=int, default=80)
     args = parser.parse_args()
+    if min(args.size, args.classes) < 1:
+        parser.error("--size and --classes must be 1 or more")
     print(f"{args.size} x {args.size} pixels, {args.classes} labels")
     print(f"{'backbone':<33} {'head':<12} {'parameters':>11} {'multiply-adds':>14}")
     for backbone in [args.backbone] if args.backbone else BACKBONES:
         for head in [args.head] if args.head else HEADS:
             millions = parameters(backbone, head, args.classes) / 1e6
-            billions = multiply_adds(backbone, head, args.classes, args.size) / 1e9
+            try:
+                madds = multiply_adds(backbone, head, args.classes, args.size)
+            except UserError as error:
+                print(f"{backbone:<33} {head:<12} {millions:>9.2f} M  {error}")
+                continue
+            billions = madds / 1e9
             line = f"{backbone:<33} {head:<12} {millions:>9.2f} M {billions:>12.2f} G"
             published = PUBLISHED.get((backbone, head))
             if published and (args.size, args.classes) == (448, 80):

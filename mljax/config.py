@@ -243,7 +243,7 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     table, is_table = data.table, data.name == "table"
     rho, by_gradient = config.sam.rho, config.sam.direction == "gradient"
     cheaper = ("direction", "groups", "every_steps", "every_images")
-    lists = "config.data.table.labels"
+    lists, graph = "config.data.table.labels", config.model.graph
     checks = [
         (f"data.{key}", data.name in names, f"config.data.name = {' or '.join(names)}")
         for key, names in BELONGS_TO.items()
@@ -274,6 +274,11 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
         *(
             (f"sam.{key}", by_gradient, "config.sam.direction = gradient")
             for key in (*cheaper[1:], "adaptive", "update_stats")
+        ),
+        (
+            "model.graph.by_occurrences",
+            not graph.adjacency,
+            "counting (adjacency = '')",
         ),
         ("sam.adaptive", rho > 0, "config.sam.rho above 0"),
         ("optim.nesterov", optim.name == "sgd", "config.optim.name = sgd"),

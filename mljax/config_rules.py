@@ -23,8 +23,9 @@ def _one_of(*choices: str) -> Rule:
     return lambda v: v in choices, "one of " + ", ".join(choices)
 
 
-_POSITIVE: Rule = (lambda v: 0 < v < math.inf, "above 0")
-_AT_LEAST_0: Rule = (lambda v: 0 <= v < math.inf, "0 or more")
+_LARGEST = 3e38  # a float32
+_POSITIVE: Rule = (lambda v: 0 < v < _LARGEST, "above 0")
+_AT_LEAST_0: Rule = (lambda v: 0 <= v < _LARGEST, "0 or more")
 _SHARE: Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
 _POSITIVE_SHARE: Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 _BELOW_1: Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
@@ -122,9 +123,9 @@ RULES: dict[str, Rule] = {
     "loss.asl.gamma_neg": _AT_LEAST_0,
     "loss.asl.gamma_pos": _AT_LEAST_0,
     "loss.asl.probability_margin": _BELOW_1,
-    "loss.asl.eps": _AT_LEAST_0,
+    "loss.asl.eps": _BELOW_1,
     "loss.aam.scale": _POSITIVE,
-    "loss.aam.margin": (lambda v: -1 <= v <= 1, "between -1 and 1"),
+    "loss.aam.margin": _SHARE,
     "loss.aam.k": _SHARE,
     "loss.aam.gamma_neg": _AT_LEAST_0,
     "loss.aam.gamma_pos": _AT_LEAST_0,
@@ -136,7 +137,7 @@ RULES: dict[str, Rule] = {
     "optim.momentum": _BELOW_1,
     "optim.b1": _BELOW_1,
     "optim.b2": _BELOW_1,
-    "optim.eps": _POSITIVE,
+    "optim.eps": (lambda v: 1e-37 < v < _LARGEST, "above 1e-37 (0 in float32)"),
     "optim.bias_lr_factor": _AT_LEAST_0,
     "optim.clip_norm": _AT_LEAST_0,
     "optim.freeze_epochs": _AT_LEAST_0,

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mljax import config as configs
 from mljax.errors import UserError
 
-_HEADS = ("linear", "gcn", "gat", "ml_decoder")
+_HEADS = ("linear", "gcn", "gat", "ml_decoder", "query2label", "csra")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--from", dest="source", required=True, metavar="WHAT", help=source)
     add("--to", required=True, metavar="PATH", help="a new directory")
     add("--model", help="the backbone, with or without timm's tag")
-    add("--head", choices=_HEADS, help="linear (default), or the paper's heads")
+    add("--head", choices=_HEADS, help="that the tensors are of; default linear")
     add("--loss", choices=("aam", "bce", "asl"), help="it was trained with")
     add("--classes", metavar="FILE", help="JSON list, annotation file or text")
     add("--key", default="", help="of a .pth file: take the weights under this key")
@@ -128,8 +128,8 @@ def _settings(
         raise UserError(f"--loss {loss}: {args.source} {kind}")
     config = configs.common()
     config.model.backbone, config.model.head, config.loss.name = backbone, head, loss
-    if head == "ml_decoder":
-        config.model.ml_decoder.update(sizes)
+    if head in config.model:
+        config.model[head].update(sizes)
     if head in ("gcn", "gat"):
         scale = _hidden_dim_scale(backbone, sizes.pop("hidden"))
         config.model.graph.update(hidden_dim_scale=scale, **sizes)

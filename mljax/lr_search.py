@@ -61,6 +61,7 @@ def prepare(config: ConfigDict, settings: Mapping[str, Any]) -> "Search":
                 f"--epochs={config.epochs}: must be above config.optim.freeze_epochs = "
                 f"{config.optim.freeze_epochs}, else no trial trains what the run does"
             )
+    configs.validate(config)
     if jax.process_count() > 1:
         raise UserError("mljax.find_lr runs in one process: start it on one host")
     return Search(config)

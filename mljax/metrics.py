@@ -121,10 +121,11 @@ def classification_report(
     """
     probabilities, labels = _check_shapes("probabilities", probabilities, labels)
     num_images, num_classes = probabilities.shape
-    if type(threshold) is float and probabilities.dtype.kind == "f":
-        # float32(0.3) is above 0.3, but a probability of 0.3 is not.
-        threshold = probabilities.dtype.type(threshold)
     threshold = np.asarray(threshold)
+    both = threshold.dtype.kind + probabilities.dtype.kind
+    if threshold.ndim == 0 and both == "ff":
+        # float32(0.3) is above 0.3, but a probability of 0.3 is not.
+        threshold = threshold.astype(probabilities.dtype)
     if threshold.shape not in ((), (num_classes,)) or np.isnan(threshold).any():
         raise ValueError(
             f"threshold must be a number or one for each of {num_classes} classes, "

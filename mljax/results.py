@@ -202,28 +202,33 @@ def finish(
     terminal: Terminal,
 ) -> dict[str, Any]:
     """The table and the picture of the best weights; with a held-out part of train,
-    their metrics on val, which had no say in the choice."""
+    their metrics on val, which had no say in the choice, if val has labels."""
     run, variables, _ = best_weights(run, folder)
     best = progress.best or {}
     more = {}
-    val = sources.val
+    val = shown = sources.val
     figures, per_class = best, best["per_class"]
     if sources.holdout is not None:
         scores = run.scores({"best": variables}, val)
         progress.unreadable.update(evaluate.unreadable(scores, val.names))
         terminal.unreadable(progress)
         workdir.write_unreadable(folder, progress.unreadable)
-        report = evaluate.report(scores["best"], run.probabilities)
-        figures, per_class = report, report.pop("per_class")
-        more["val"] = {
-            **report,
-            "per_class": dict(zip(run.class_names, per_class, strict=True)),
-        }
+        try:
+            report = evaluate.report(scores["best"], run.probabilities)
+        except UserError as error:  # a test set whose labels nobody has
+            shown = sources.holdout
+            terminal.say(f"val:     not measured, {error}")
+        else:
+            figures, per_class = report, report.pop("per_class")
+            more["val"] = {
+                **report,
+                "per_class": dict(zip(run.class_names, per_class, strict=True)),
+            }
     summary = write_summary(
         folder, progress, history, run.class_names, chosen_on, **more
     )
     terminal.say("")
-    terminal.say(table(run.class_names, per_class, val, figures))
+    terminal.say(table(run.class_names, per_class, shown, figures))
     terminal.say(
         f"best: mAP {100 * best['mAP']:.2f} of the {best['weights']} weights"
         f"{' of network ' + best['network'] if run.is_pair else ''} at epoch "

@@ -181,7 +181,9 @@ def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.A
     return mutual.make_loss(loss, config.mutual.weight, scale, whole)
 
 
-def data_keys(sources: Sources, config: ConfigDict) -> dict[str, str]:
+def data_keys(
+    sources: Sources, config: ConfigDict, graph: LabelGraph | None
+) -> dict[str, str]:
     """What tells the data of a run from other data, by what changed."""
     keys = {
         f"{name} images": source.fingerprint()
@@ -189,9 +191,16 @@ def data_keys(sources: Sources, config: ConfigDict) -> dict[str, str]:
         if source is not None
     }
     if (weights := _class_weights(config, sources.train.class_names)) is not None:
-        digest = hashlib.blake2b(weights.tobytes(), digest_size=16)
-        keys["class weights"] = digest.hexdigest()
+        keys["class weights"] = _digest(weights)
+    if graph is not None:
+        keys["label graph"] = _digest(graph.cooccurrence)
+        keys["label embeddings"] = _digest(graph.embeddings)
     return keys
+
+
+def _digest(array: np.ndarray) -> str:
+    exact = np.ascontiguousarray(array, np.float32)
+    return hashlib.blake2b(exact.tobytes(), digest_size=16).hexdigest()
 
 
 def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | None:
@@ -210,6 +219,9 @@ def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | N
             f"for each of the {len(class_names)} classes; check {', '.join(off[:5])}"
         )
     values = [weights[name] for name in class_names]
-    if not all(isinstance(v, int | float) and 0 <= v < float("inf") for v in values):
-        raise UserError(f"config.loss.class_weights = {file}: weights must be >= 0")
+    largest = float(np.finfo(np.float32).max)
+    if not all(type(v) in (int, float) and 0 <= v <= largest for v in values):
+        raise UserError(
+            f"config.loss.class_weights = {file}: weights must be numbers from 0 on"
+        )
     return np.asarray(values, np.float32)

@@ -297,7 +297,7 @@ def make_train_step(
                 ema_batch_stats=_average(state.ema_batch_stats, stats, ema_decay),
             )
 
-        finite = _all_finite((loss, grad_norm, stats))
+        finite = _all_finite((loss, grad_norm, stats, updates))
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         new = replace(
             new,

@@ -33,6 +33,7 @@ from mljax import (
 from mljax.checkpoint import Checkpoints, finishing
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
+from mljax.errors import UserError
 from mljax.progress import Progress
 from mljax.run import Run, check_names, data_keys, make_augment, make_loss, make_run
 from mljax.terminal import Terminal
@@ -101,6 +102,12 @@ def setup(
     ema_decay = config.ema.decay
     if config.ema.half_life:
         ema_decay = step.half_life_decay(config.ema.half_life, config.batch_size)
+        if not 0 < np.float32(ema_decay) < 1:
+            raise UserError(
+                f"config.ema.half_life = {config.ema.half_life}: is a decay of "
+                f"{ema_decay:g} for a step of {config.batch_size} images, which must "
+                "be above 0 and below 1"
+            )
 
     def create(params: Any, batch_stats: Any) -> step.TrainState:
         return step.create_state(
@@ -215,7 +222,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
     source, names = sources.train, sources.train.class_names
     speed.check_span(config.profile, total_steps)
-    data = data_keys(sources, config)
+    data = data_keys(sources, config, graph)
     hosts.check_same("config.data.root", "images or labels", data)
     folder = Path(path).absolute()
     if jax.process_index() == 0:
@@ -240,6 +247,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         progress = Progress.from_dict(saved["progress"])
         state = last.load(start, made.state)
     else:
+        workdir.check_nothing_lost(folder)
         # There were checkpoints, and none of them is whole.
         state = (setup(config) if resumes else made).initial()
     workdir.keep_config(folder, config)
@@ -286,10 +294,10 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             patience=config.train.patience,
             warmed_up=epoch > config.train.warmup_epochs,
         )
+        last.wait()  # so that two evaluations mean that there is a checkpoint
         if decision.is_best:
             chosen = variants[results.variant(row)]
             progress.best = {**row, "per_class": per_class}
-            last.wait()  # Orbax: with several processes one save at a time
             best.save(at, chosen, {**about, "best": progress.best})
             best.wait()
         progress.stopping, progress.stopped = decision.state, decision.stop
@@ -306,6 +314,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     if progress.evaluation_due:
         progress.evaluation_due = False
         judge(start, start // steps_per_epoch)
+        if start == total_steps:  # nothing comes that would tell it is done
+            save(start)
     batches = terminal.speed.timed(batches)
     profiler = speed.Profiler(config.profile, folder / "tensorboard")
     previous, compiled = None, set()

@@ -99,6 +99,11 @@ def _read_npy(path: Path, count: int) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"model.graph.embeddings {path}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(
+            f"model.graph.embeddings {path}: is an .npz archive; save the one array "
+            "with numpy.save"
+        )
     number = np.issubdtype(array.dtype, np.number)
     if array.ndim != 2 or len(array) != count or not number:
         raise UserError(
@@ -133,6 +138,11 @@ def _read_text(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
                     f"model.graph.embeddings {path}: line {number + 1} ({word!r}) has "
                     "something other than numbers"
                 ) from None
+            if not np.isfinite(vectors[word]).all():
+                raise UserError(
+                    f"model.graph.embeddings {path}: line {number + 1} ({word!r}) "
+                    "holds NaN or infinity"
+                )
     if not vectors:
         raise UserError(
             f"model.graph.embeddings {path}: has none of the labels' words; needs a "

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,6 +218,18 @@ def read_history(workdir: Path, last_step: int) -> list[dict[str, Any]]:
         return []
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row for row in rows if row["step"] <= last_step]
+
+
+def check_nothing_lost(workdir: Path) -> None:
+    """Raises UserError if a new run would replace the results of one that got on.
+
+    A run that was killed before its first checkpoint was whole has one evaluation.
+    """
+    if len(read_history(workdir, sys.maxsize)) > 1:
+        raise UserError(
+            f"--workdir {workdir}: holds the results of a run and no checkpoint to go "
+            f"on from; name another directory, or delete {HISTORY} and best/ in it"
+        )
 
 
 def write_history(workdir: Path, rows: list[dict[str, Any]]) -> None:

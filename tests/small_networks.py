@@ -40,14 +40,19 @@ SMALL = {  # as MobileNetV3's and ResNet's last layers
 }
 
 
-def config_of(backbone: str, head: str, loss: str):
+def config_of(backbone: str, head: str, loss: str, **changed):
+    """A config; changed: options of the head."""
     config = common()
     config.model.backbone, config.model.head, config.loss.name = backbone, head, loss
     config.model.ml_decoder.dim = 16
+    if changed:
+        config.model[head].update(changed)
     return config
 
 
-def model_of(backbone: str, head: str, loss: str, classes: int, seed: int = 0):
+def model_of(
+    backbone: str, head: str, loss: str, classes: int, seed: int = 0, **changed
+):
     """A random model; label graphs and classes are of the seed too."""
     graph = None
     if head in ("gcn", "gat"):
@@ -55,7 +60,7 @@ def model_of(backbone: str, head: str, loss: str, classes: int, seed: int = 0):
         arrays = given["adjacency"], given["embeddings"]
         graph = LabelGraph(list(map(str, range(classes))), *arrays, 0.4, [])
     return build_model(
-        config_of(backbone, head, loss).model,
+        config_of(backbone, head, loss, **changed).model,
         classes,
         angular=losses.is_angular(loss),
         rngs=nnx.Rngs(seed),
@@ -81,12 +86,12 @@ def call(capsys, *arguments) -> str:
     return err or out
 
 
-def save_run(folder, backbone: str, head: str, loss: str, classes: int = 7):
+def save_run(folder, backbone: str, head: str, loss: str, classes: int = 7, **changed):
     """A work directory as training leaves it."""
-    model = model_of(backbone, head, loss, classes, seed=5)
+    model = model_of(backbone, head, loss, classes, seed=5, **changed)
     params, batch_stats = split(model)
     about = {
-        "config": config_of(backbone, head, loss).to_dict(),
+        "config": config_of(backbone, head, loss, **changed).to_dict(),
         "class_names": [f"class {i}" for i in range(classes)],
     }
     saves = checkpoint.Checkpoints(folder / "best")

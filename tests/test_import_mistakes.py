@@ -1,5 +1,6 @@
 """`python -m mljax.import_weights`: one line for every mistake; files of scripts."""
 
+import json
 import subprocess
 import sys
 import types
@@ -37,6 +38,25 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     export = "--export", "--from", tmp_path / "empty", "--to"
     assert "exists already" in call(capsys, *export, file)
     assert (tmp_path / "full" / "mine").read_text() == "x"
+
+
+def test_only_finite_floating_point_numbers_are_taken(tmp_path, capsys):
+    file, state = timm_file(tmp_path, "small_resnet")
+    whole = state["conv1.weight"]
+    flags = "--model", "small_resnet", "--from", file, "--to", tmp_path / "out"
+    for weight, words in (
+        (whole * np.nan, "have NaN or infinity in conv1.weight"),
+        ((100 * whole).astype(np.int8), "conv1.weight as int8: only floating-point"),
+    ):
+        save_file(state | {"conv1.weight": weight}, file)
+        assert words in call(capsys, *flags)
+    header = {"x": {"dtype": "F8_E4M3", "shape": [3], "data_offsets": [0, 3]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"abc")
+    assert "damaged or not a safetensors file" in call(capsys, *flags)
+    assert not (tmp_path / "out").exists()
+    save_file(state | {"conv1.weight": whole.astype(np.float16)}, file)
+    assert "written: " in call(capsys, *flags)
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
@@ -96,7 +116,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys):
         ["--from=a", "--to=b", "--export", "--config.model.pool=max"],
         ["--from=a", "--to=b", "--mode=x"],
         ["--from=a", "--to=b", "--config.model.pool", "max"],
-        ["--from=a", "--to=b", "--head=csra"],
+        ["--from=a", "--to=b", "--head=vit"],
     ],
 )
 def test_wrong_flags(flags, capsys):

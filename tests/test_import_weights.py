@@ -156,6 +156,29 @@ def test_a_classifier_of_as_many_other_classes_starts_anew(
                 np.testing.assert_array_equal(found[name], expected[name], name)
 
 
+@pytest.mark.parametrize(
+    ("head", "loss", "changed"),
+    [
+        ("query2label", "bce", dict(dim=16, feedforward=24, decoder_layers=1)),
+        ("query2label", "aam", dict(encoder_layers=0, decoder_layers=3)),
+        ("csra", "bce", dict(heads=4)),
+        ("csra", "aam", dict(heads=2)),
+    ],
+)
+def test_other_heads_come_back_in_their_size(head, loss, changed, tmp_path, capsys):
+    model = save_run(tmp_path / "run", "small_resnet", head, loss, **changed)
+    file, to = tmp_path / "x.safetensors", tmp_path / "dir"
+    call(capsys, "--export", "--from", tmp_path / "run", "--to", file)
+    flags = "--head", head, "--model", "small_resnet", "--from", file, "--to", to
+    if head == "csra":
+        assert "--loss is missing" in call(capsys, *flags)
+    call(capsys, *flags, "--loss", loss)
+    variables, about = checkpoint.load_variables(to)
+    same([variables["params"], variables["batch_stats"]], list(split(model)))
+    assert about["class_names"] == [f"class {i}" for i in range(7)]
+    assert pretrained.restore(to)[1] == about
+
+
 @pytest.mark.parametrize(("head", "loss"), [("gat", "aam"), ("ml_decoder", "aam")])
 def test_restored_models_compute_as_saved_ones(head, loss, tmp_path, capsys):
     model = save_run(tmp_path / "run", "small_resnet", head, loss)

@@ -179,6 +179,13 @@ def test_embedding_files_that_do_not_fit(tmp_path):
     assert "line 2 ('cat')" in message("text.txt", "bird 1 2\ncat 1 x\n")
     assert "has shape [3, 4]; needs one row" in message("a.npy", np.zeros((3, 4)))
     assert "NaN" in message("b.npy", np.full((2, 4), np.nan))
+    words = "line 2 ('cat') holds NaN or infinity"
+    assert words in message("text.txt", "bird 1 2\ncat 1 nan\n")
+    assert words in message("text.txt", "bird 1 2\ncat -inf 1\n")
+    with (tmp_path / "e.npy").open("wb") as file:
+        np.savez(file, vectors=np.ones((2, 4)))
+    with pytest.raises(UserError, match="e.npy: is an .npz archive"):
+        load_embeddings(tmp_path / "e.npy", ["cat", "dog"])
     assert "c.npy" in message("c.npy", "")
     np.save(tmp_path / "d.npy", np.ones((2, 4)))
     vectors, notes = load_embeddings(tmp_path / "d.npy", ["cat", "dog"])

@@ -373,3 +373,20 @@ def test_batch_norm_of_groups_is_that_of_each_alone():
         mean = sum(getattr(bn, stat)[...] for bn in alone) / 2
         np.testing.assert_allclose(getattr(both, stat)[...], mean, atol=1e-6)
     np.testing.assert_array_equal(both(jnp.asarray(x)).shape, x.shape)
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+def test_one_pixel_convolutions_with_padding(padding):
+    conv = layers.Conv(3, 4, 1, stride=2, padding=padding, rngs=nnx.Rngs(0))
+    x = normal(0, 2, 5, 6, 3)
+    pads = layers._pads((5, 6), 1, 2, padding)
+    found = conv(x)
+    assert_close(found, plain_conv(x, conv.weight[...], 2, pads))
+    with cpu.plain_forms():
+        assert_close(conv(x), found)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
+def test_dropout_of_an_impossible_rate_is_refused(rate):
+    with pytest.raises(ValueError, match="dropout is .*: must be at least 0 and below"):
+        layers.dropout(jnp.ones((2, 3)), rate, nnx.Rngs(0))

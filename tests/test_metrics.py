@@ -251,6 +251,9 @@ def test_a_probability_is_not_above_a_threshold_of_the_same_number():
         p = np.array([[0.1, 0.3, 0.6]], dtype)
         found = [classification_report(p, labels, t)["OR"] for t in (0.1, 0.3, 0.6)]
         assert found == pytest.approx([2 / 3, 1 / 3, 0])
+        for number in (np.float64, np.float32, np.asarray):
+            found = classification_report(p, labels, number(0.3))["OR"]
+            assert found == pytest.approx(1 / 3)
 
 
 def test_top_k_ties_go_to_the_first_label():

@@ -275,6 +275,27 @@ def test_infinite_batch_statistics_make_a_bad_step():
     assert new.batch_stats["var"] == 1
 
 
+def test_an_infinite_update_makes_a_bad_step():
+    """As that of Adam where a gradient is 0, if its eps is 0 in float32."""
+    params, stats = make()
+    sound = optimizer_for(params)
+
+    def update(*arguments):
+        updates, state = sound.update(*arguments)
+        return jax.tree.map(lambda x: x / jnp.zeros(()), updates), state
+
+    optimizer = sound._replace(update=update)
+    state = create_state(params, stats, optimizer, use_ema=True)
+    step = make_train_step(
+        mlp, bce, optimizer, identity, reduction="sum", seed=0, ema_decay=0.9
+    )
+    new, metrics = jax.jit(step)(state, make_batch())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite"] and new.skipped == 1
+    for name in ("params", "ema_params", "batch_stats"):
+        assert_close(getattr(new, name), getattr(state, name), rtol=0, atol=0)
+
+
 def test_the_state_can_be_donated():
     params, stats = make()
     optimizer = optimizer_for(params, name="adamw")

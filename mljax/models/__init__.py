@@ -128,7 +128,9 @@ def build_model(
             pool=model_config.pool,
             dropout=model_config.dropout,
             hidden=getattr(backbone, "head_hidden", 0),
-            activation="prelu" if angular else getattr(backbone, "head_activation", "relu"),
+            activation="prelu"
+            if angular
+            else getattr(backbone, "head_activation", "relu"),
         )
     elif name in ("gcn", "gat"):
         options = dict(

@@ -40,8 +40,8 @@ def functional(
     init() -> (params, batch_stats)
     apply(params, batch_stats, images, *, train=False, rng=None)
       -> (outputs, new batch_stats); images [batch, H, W, 3] normalised, outputs
-      [batch, num_classes] float32, rng a key for dropout. Differentiable and
-      jit-able; batch_stats change in training only.
+      [batch, num_classes] float32, rng a key for dropout. Differentiable (in
+      reverse mode) and jit-able; batch_stats change in training only.
     """
 
     def init() -> tuple[Tree, Tree]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -191,12 +192,24 @@ def _variables(module: nnx.Module) -> dict[str, _Stored]:
 
 
 def _arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """numpy arrays of whatever kind of arrays, the step counters left out."""
-    return {
+    """numpy arrays of whatever kind of arrays, the step counters left out.
+
+    Raises UserError for those that hold something else than finite numbers.
+    """
+    arrays = {
         name: to_numpy(value)
         for name, value in paper_names.without_prefixes(state_dict).items()
         if name.rpartition(".")[2] != _COUNTER
     }
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(
+                f"the weights have {name} as {array.dtype}: only floating-point "
+                "numbers can be taken, nothing quantised"
+            )
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise UserError(f"the weights have NaN or infinity in {name}")
+    return arrays
 
 
 def _is_linear(head: nnx.Module) -> bool:

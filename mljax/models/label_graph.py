@@ -189,6 +189,7 @@ class GraphHead(nnx.Module):
             adjacency = np.zeros((num_classes, num_classes))
         if embeddings is None:
             embeddings = random_embeddings([str(i) for i in range(num_classes)])
+        embeddings = np.asarray(embeddings)
         if np.shape(adjacency) != (num_classes, num_classes):
             raise ValueError(
                 f"adjacency is {np.shape(adjacency)} for {num_classes} labels"

@@ -54,6 +54,8 @@ def head_of(state_dict: Collection[str]) -> str:
         ("gc1.weight", "gcn"),
         ("gc1.W", "gat"),
         ("decoder.duplicate_pooling", "ml_decoder"),
+        ("label_scores.weight", "query2label"),
+        ("class_vectors", "csra"),
     ):
         if name in state_dict:
             return head
@@ -63,12 +65,12 @@ def head_of(state_dict: Collection[str]) -> str:
 def unused(
     state_dict: Collection[str], classifier: str, backbone: Collection[str]
 ) -> list[str]:
-    """What is stored of timm's last layers under a graph or ML-Decoder head.
+    """What is stored of timm's last layers under another head.
 
     classifier: timm's name of the last layer; backbone: the names that are used.
     """
     parts = {"classifier", "conv_head", "act2", classifier}
-    if classifier == "head" and head_of(state_dict) != "ml_decoder":
+    if classifier == "head" and head_of(state_dict) in ("gcn", "gat"):
         parts.remove("head")  # the graph heads' own classifier
     return [
         name
@@ -81,8 +83,8 @@ def read_head(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """What the tensors (PyTorch's layout, without prefixes) tell of their head.
 
     Returns num_classes (0: there is no last layer), cosine (None: they do not tell) and
-    the other sizes that a config has: dim, groups and feedforward of ML-Decoder, hidden
-    and embedding_dim of the graph heads.
+    the other sizes that a config has: those of `config.model.NAME`, but for the graph
+    heads hidden and embedding_dim.
     """
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
     kind = head_of(shapes)
@@ -94,6 +96,19 @@ def read_head(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             dim=shapes["decoder.query_embed.weight"][1],
             feedforward=shapes["decoder.layers.0.linear1.weight"][0],
         )
+    if kind == "query2label":
+        layers = {name.rsplit(".", 2)[0] for name in shapes}
+        return dict(
+            num_classes=shapes["label_scores.weight"][0],
+            cosine="label_scores.bias" not in shapes,
+            dim=shapes["label_scores.weight"][1],
+            feedforward=shapes["decoder.0.linear1.weight"][0],
+            encoder_layers=sum(f"encoder.{i}" in layers for i in range(len(layers))),
+            decoder_layers=sum(f"decoder.{i}" in layers for i in range(len(layers))),
+        )
+    if kind == "csra":
+        _, heads, num_classes = shapes["class_vectors"]
+        return dict(num_classes=num_classes, cosine=None, heads=heads)
     names = ["head"] if kind != "linear" else ["classifier", "fc", "head.fc", "head"]
     last = next((name for name in names if f"{name}.weight" in shapes), None)
     if last is None:

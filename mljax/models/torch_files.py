@@ -113,7 +113,7 @@ def _read_safetensors(path: Path) -> Weights:
         with safe_open(path, "np") as file:
             about = file.metadata() or {}
         names = json.loads(about.get("class_names", "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"weights {path}: damaged or not a safetensors file ({reason})"

@@ -218,8 +218,8 @@ def _evaluate(
     if root is not None:
         config.data.root = root
     config.data.on_error = "skip"  # the page says how many
-    configs.fit_devices(config, jax.device_count())
     configs.validate(config)
+    configs.fit_devices(config, jax.device_count())
     check_names(config)
     val = DATASETS[config.data.name](config.data, config.seed).val
     results.need_positives(val, "val")
