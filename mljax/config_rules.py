@@ -137,7 +137,7 @@ RULES: dict[str, Rule] = {
     "optim.momentum": _BELOW_1,
     "optim.b1": _BELOW_1,
     "optim.b2": _BELOW_1,
-    "optim.eps": (lambda v: 1e-37 < v < _LARGEST, "above 1e-37 (0 in float32)"),
+    "optim.eps": (lambda v: 1e-37 < v < _LARGEST, "above 1e-37"),
     "optim.bias_lr_factor": _AT_LEAST_0,
     "optim.clip_norm": _AT_LEAST_0,
     "optim.freeze_epochs": _AT_LEAST_0,

@@ -128,10 +128,10 @@ def build_model(
             pool=model_config.pool,
             dropout=model_config.dropout,
             hidden=getattr(backbone, "head_hidden", 0),
-            activation="prelu"
-            if angular
-            else getattr(backbone, "head_activation", "relu"),
+            activation=getattr(backbone, "head_activation", "relu"),
         )
+        if angular:
+            options["activation"] = "prelu"
     elif name in ("gcn", "gat"):
         options = dict(
             pool=model_config.pool,

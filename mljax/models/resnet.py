@@ -137,7 +137,7 @@ class ResNet(nnx.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Largest of 3x3 at every second pixel: [b, H, W, C] -> [b, H/2, W/2, C], up."""
+    """Largest of 3x3 at every second pixel: [b, H, W, C] -> half of it, rounded up."""
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     if cpu.is_plain():
         # ONNX: of the other form jax2onnx makes a pool over four axes, which ONNX
