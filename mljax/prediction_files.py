@@ -47,7 +47,7 @@ def find_images(what: str) -> list[str]:
     if path.is_dir():
         found = sorted(
             str(file)
-            for file in path.rglob("*")
+            for file in _files_below(path)
             if file.suffix.lower() in _IMAGES
             and file.is_file()
             and not file.name.startswith("._")  # what macOS leaves beside a file
@@ -69,6 +69,27 @@ def find_images(what: str) -> list[str]:
             "matches nothing"
         )
     return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files in it and below it, also behind links to folders that lie elsewhere."""
+    entered = [Path(os.path.realpath(folder))]
+
+    def leads_elsewhere(link: str) -> bool:
+        real = Path(os.path.realpath(link))
+        if any(real.is_relative_to(e) or e.is_relative_to(real) for e in entered):
+            return False
+        entered.append(real)
+        return True
+
+    for where, folders, files in os.walk(folder, followlinks=True):
+        yield from (Path(where, name) for name in files)
+        paths = {name: os.path.join(where, name) for name in sorted(folders)}
+        folders[:] = [
+            name
+            for name, path in paths.items()
+            if not os.path.islink(path) or leads_elsewhere(path)
+        ]
 
 
 def _read_list(path: Path) -> list[str]:

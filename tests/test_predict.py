@@ -26,7 +26,7 @@ from mljax.data import augment
 from mljax.data.decode import decode
 from mljax.errors import UserError
 from mljax.models.functional import as_function, split
-from mljax.prediction_files import Row, find_images, writer
+from mljax.prediction_files import Row, writer
 
 NAMES = ["a,b", "cat", "dog", "été"]
 
@@ -221,12 +221,6 @@ def test_class_names_that_a_csv_file_has_its_own_use_for(tmp_path):
     assert row["path"] == "x.jpg" and row["error"] == "" and row["p(path)"] == "0.0"
     assert json.loads(row["labels"]) == ["ü", "a;b"] and row["p(error)"] == "0.375"
     assert len(row) == 8
-
-
-def test_what_macos_leaves_beside_a_file_is_no_image(tmp_path):
-    for name in ("._1.jpg", "1.jpg", ".2.jpg"):
-        (tmp_path / name).write_bytes(b"")
-    assert [f[-6:] for f in find_images(str(tmp_path))] == [".2.jpg", "/1.jpg"]
 
 
 def test_json_and_lists(checkpoint, photos, tmp_path):

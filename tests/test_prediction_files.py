@@ -1,0 +1,27 @@
+"""Which images a folder stands for."""
+
+from mljax.prediction_files import find_images
+
+
+def test_what_macos_leaves_beside_a_file_is_no_image(tmp_path):
+    for name in ("._1.jpg", "1.jpg", ".2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    assert [f[-6:] for f in find_images(str(tmp_path))] == [".2.jpg", "/1.jpg"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("album/1.jpg", "album/more/2.jpg", "elsewhere/below/3.jpg"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    album = tmp_path / "album"
+    (album / "a").symlink_to(album / "more")  # inside: found where it lies
+    (album / "up").symlink_to(tmp_path)
+    (album / "x").symlink_to(tmp_path / "elsewhere")
+    (album / "y").symlink_to(tmp_path / "elsewhere" / "below")
+    (album / "4.jpg").symlink_to(album / "1.jpg")
+    (album / "gone").symlink_to(tmp_path / "nowhere")
+    found = [name.removeprefix(str(album)) for name in find_images(str(album))]
+    assert found == ["/1.jpg", "/4.jpg", "/more/2.jpg", "/x/below/3.jpg"]
+    # A folder that is a link itself.
+    assert find_images(str(album / "x")) == [str(album / "x/below/3.jpg")]
