@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 
-from mljax import losses, optim, preemption, sharding, speed, step
+from mljax import backend, losses, optim, preemption, sharding, speed, step
 from mljax.config import common
 from mljax.data import augment, pipeline
 from mljax.data.source import Source
@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
     steps = parser.parse_args().steps
+    backend.compute_inline()
     config = common()
     config.data.image_size = SIZE
     draw = np.random.default_rng(0)
@@ -100,7 +101,7 @@ def main() -> None:
         state, metrics = train_step(state, sharding.global_batch(arrays, rows))
         clock.dispatched(metrics)
         if previous is not None:
-            progress.take(jax.device_get(previous), 10)
+            progress.take(sharding.fetch(previous), 10)
         previous = metrics
         clock.step()
         profiler.after(at, metrics)

@@ -277,7 +277,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             label_graph_data.save(folder, graph)
 
     def absorb(at: int, metrics: Any) -> None:
-        values = jax.device_get(metrics)
+        values = sharding.fetch(metrics)
         progress.take(values, config.train.max_bad_steps)
         terminal.step(at, values, progress)
 

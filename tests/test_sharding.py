@@ -1,6 +1,7 @@
 """The mesh, the fsdp rule, and placing host arrays."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -57,3 +58,16 @@ def test_global_batch_is_split_over_all_devices():
     assert len(batch["x"].addressable_shards) == 8
     assert batch["x"].addressable_shards[0].data.shape == (2,)
     np.testing.assert_array_equal(sharding.to_host(batch["x"]), rows)
+
+
+def test_fetch_gives_what_device_get_does():
+    whole = sharding.replicated(sharding.make_mesh())
+    values = jax.device_put(
+        {"loss": jnp.float32(1.5), "finite": jnp.bool_(True), "step": jnp.arange(3)},
+        whole,
+    )
+    found, expected = sharding.fetch(values), jax.device_get(values)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert type(value) is np.ndarray and value.dtype == expected[name].dtype
+        np.testing.assert_array_equal(value, expected[name])
