@@ -165,6 +165,56 @@ def _product_backward(saved, g):
 _product.defvjp(_product_forward, _product_backward)
 
 
+def convolve(
+    x: jax.Array, weight: jax.Array, stride: int, pads: Pads, groups: int = 1
+) -> jax.Array:
+    """The plain one: x [batch, H, W, C], weight [k, k, C / groups, D] -> [..., D]."""
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        (stride, stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """`convolve` of one group, whose gradient by the weight is a product a tap.
+
+    XLA takes that gradient as a convolution with a kernel as large as the map, two to
+    six times as long.
+    """
+    on_cpu = _forms.get() == _HERE and jax.default_backend() == "cpu"
+    return (_dense_conv if on_cpu else convolve)(x, weight, stride, pads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    return convolve(x, weight, stride, pads)
+
+
+def _dense_forward(x, weight, stride, pads):
+    return convolve(x, weight, stride, pads), (x, weight)
+
+
+def _dense_backward(stride, pads, saved, g):
+    x, weight = saved
+    x, g = lax.optimization_barrier((x, g))
+    (by_x,) = jax.vjp(lambda x: convolve(x, weight, stride, pads), x)[1](g)
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    taps = [(i, j) for i in range(weight.shape[0]) for j in range(weight.shape[1])]
+    rows = g.reshape(-1, g.shape[-1]).astype(_wide(g))
+    by_tap = []
+    for i, j in taps:
+        met = lax.optimization_barrier(_tap(padded, i, j, g.shape[1:3], stride))
+        by_tap.append(met.reshape(-1, x.shape[-1]).astype(rows.dtype).T @ rows)
+    return by_x, jnp.stack(by_tap).reshape(weight.shape).astype(weight.dtype)
+
+
+_dense_conv.defvjp(_dense_forward, _dense_backward)
+
+
 def image_means(x: jax.Array) -> jax.Array:
     """The mean of every channel of every image: x [batch, ..., C] -> [batch, C].
 

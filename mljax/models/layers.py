@@ -135,20 +135,6 @@ def _pads(
     return same(size[0]), same(size[1])
 
 
-def _convolve(
-    x: jax.Array, weight: jax.Array, stride: int, pads: cpu.Pads, groups: int = 1
-) -> jax.Array:
-    """x [batch, H, W, C], weight [k, k, C / groups, D] -> [batch, H', W', D]."""
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        (stride, stride),
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
 def _check_padding(padding: Padding) -> Padding:
     if padding != "same" and not isinstance(padding, int):
         raise ValueError(f"padding is {padding!r}; give a number of pixels or 'same'")
@@ -230,7 +216,7 @@ class Conv(nnx.Module):
             x = flat.reshape(*x.shape[:-1], -1)
         else:
             pads = _pads(x.shape[1:3], self.kernel, self.stride, self.padding)
-            plain = functools.partial(_convolve, stride=self.stride, pads=pads)
+            plain = functools.partial(cpu.convolve, stride=self.stride, pads=pads)
             if x.shape[-1] <= 4 and self.kernel > 1:
                 few: Callable[..., jax.Array]
                 few = functools.partial(cpu.stem_conv, stride=self.stride, pads=pads)
@@ -239,7 +225,7 @@ class Conv(nnx.Module):
                     few = cpu.patch_conv
                 x = cpu.choose(few, plain, x, weight)
             else:
-                x = plain(x, weight)
+                x = cpu.dense_conv(x, weight, self.stride, pads)
         return x if self.bias is None else x + self.bias[...].astype(self.dtype)
 
 
@@ -274,7 +260,9 @@ class DepthwiseConv(nnx.Module):
         stride = self.stride
         return cpu.choose(
             lambda x, weight: cpu.depthwise_conv(x, weight, stride, pads),
-            functools.partial(_convolve, stride=stride, pads=pads, groups=x.shape[-1]),
+            functools.partial(
+                cpu.convolve, stride=stride, pads=pads, groups=x.shape[-1]
+            ),
             x,
             weight,
         )
