@@ -177,6 +177,8 @@ class EfficientNetV2(nnx.Module):
     """
 
     num_features = 1280
+    head_hidden = 0  # no layer between pooling and classifier
+    head_activation = "relu"
     classifier = "classifier"  # timm's name of a last layer on this backbone
 
     def __init__(

@@ -95,6 +95,8 @@ class ResNet(nnx.Module):
       width: channels of the first stage, inside its blocks.
     """
 
+    head_hidden = 0  # no layer between pooling and classifier
+    head_activation = "relu"
     classifier = "fc"  # timm's name of a last layer on this backbone
 
     def __init__(

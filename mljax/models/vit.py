@@ -144,6 +144,8 @@ class VisionTransformer(nnx.Module):
       remat: compute blocks again in the backward pass instead of keeping them.
     """
 
+    head_hidden = 0  # no layer between pooling and classifier
+    head_activation = "relu"
     classifier = "head"  # timm's name of a last layer on this backbone
 
     def __init__(
