@@ -321,10 +321,15 @@ def validate_devices(config: ConfigDict, devices: int) -> None:
 def fit_devices(config: ConfigDict, devices: int) -> None:
     """Changes the config of a run so that its model can be evaluated on `devices`,
     whatever it was trained on."""
-    config.mesh.data, config.mesh.fsdp, config.optim.accumulate = -1, 1, 1
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    config.eval.batch_size = devices * -(-config.eval.batch_size // devices)
+    without_step(config)
+
+
+def without_step(config: ConfigDict) -> None:
+    """Changes what only a training step needs to what fits wherever evaluation does."""
+    config.batch_size, config.optim.accumulate = config.eval.batch_size, 1
     config.sam.every_images = config.sam.groups = config.model.batch_norm_groups = 1
-    batch = devices * -(-config.eval.batch_size // devices)
-    config.batch_size = config.eval.batch_size = batch
 
 
 def _module(file: Path) -> ModuleType:

@@ -30,9 +30,7 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     best = find_best(folder)
     changed = _compare(config, describe(best)["config"], path)
     config = config.copy_and_resolve_references()
-    # What shapes a training step may not fit the devices here.
-    config.batch_size, config.optim.accumulate = config.eval.batch_size, 1
-    config.sam.every_images = config.sam.groups = config.model.batch_norm_groups = 1
+    configs.without_step(config)
     val = DATASETS[config.data.name](config.data, config.seed).val
     results.need_positives(val, "val")
     run = make_run(config, val.class_names)

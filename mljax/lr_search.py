@@ -286,7 +286,7 @@ def run_trial(search: Search, trial: Any) -> str:
     for at in range(1, made.total_steps + 1):
         state, metrics = search.step(at, state, next(batches))
         try:
-            progress.take(jax.device_get(metrics), search.config.train.max_bad_steps)
+            progress.take(sharding.fetch(metrics), search.config.train.max_bad_steps)
         except UserError:  # too many steps in a row were not finite
             return "diverged"
         epoch, inside = divmod(at, made.steps_per_epoch)

@@ -223,7 +223,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     source, names = sources.train, sources.train.class_names
     speed.check_span(config.profile, total_steps)
     data = data_keys(sources, config, graph)
-    hosts.check_same("config.data.root", "images or labels", data)
+    others = "images, labels, class weights or label graph"
+    hosts.check_same("config.data.root", others, data)
     folder = Path(path).absolute()
     if jax.process_index() == 0:
         workdir.open_for_training(path, config)

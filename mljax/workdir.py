@@ -270,8 +270,9 @@ def check_same_data(
         )
     before = saved.get("data", now["data"])  # checkpoints of old have none
     if changed := [name for name in before if before[name] != now["data"].get(name)]:
-        which = " and the ".join(changed)
+        images = " (labels or file names)"
+        which = " and the ".join(n + images * n.endswith("images") for n in changed)
         raise UserError(
-            f"--workdir {path}: the {which} (labels or file names) have changed since "
-            "the run began; name another directory, or use the data as it was"
+            f"--workdir {path}: the {which} have changed since the run "
+            "began; name another directory, or use the data as it was"
         )

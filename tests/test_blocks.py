@@ -1,9 +1,12 @@
 """What all backbones offer: stochastic depth, rematerialisation, dtypes, timm heads."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from flax import nnx
 
 from configs.common import get_config
@@ -204,3 +207,10 @@ def test_a_part_is_a_file_and_a_line(monkeypatch, angular):
         config.head = head
         model = build_model(config, 5, angular=angular, rngs=nnx.Rngs(0))
         assert model(IMAGES, train=False).shape == (4, 5)
+
+
+def test_the_settings_name_every_backbone_and_head():
+    text = (ROOT / "configs/common.py").read_text()
+    comments = re.findall(r"((?: +#.*\n)+) +model\.(?:backbone|head) = ", text)
+    named = [set(re.findall(r"\w+", comment)) for comment in comments]
+    assert set(models.BACKBONES) <= named[0] and set(models.HEADS) <= named[1]

@@ -36,6 +36,16 @@ def assert_close(actual, expected, tolerance=1e-6):
     )
 
 
+def assert_same_gradients(conv, other, x, weight, *where):
+    """Values and both gradients of two forms of one convolution."""
+    found = []
+    for form in (conv, other):
+        value, pull = jax.vjp(lambda x, w, f=form: f(x, w, *where), x, weight)
+        found.append((value, *pull(normal(2, *value.shape))))
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("padding", "size"),
     [("same", (9, 12)), ("same", (8, 7)), ("half", (9, 12))],
@@ -68,13 +78,7 @@ def test_dense_equals_lax(kernel, stride, padding):
     x, weight = normal(0, 3, 9, 12, 6), normal(1, kernel, kernel, 6, 8)
     pads = layers._pads((9, 12), kernel, stride, padding)
 
-    def value_and_gradients(conv):
-        value, pull = jax.vjp(lambda x, w: conv(x, w, stride, pads), x, weight)
-        return value, *pull(normal(2, *value.shape))
-
-    ours, plain = value_and_gradients(cpu.dense_conv), value_and_gradients(plain_conv)
-    for actual, expected in zip(ours, plain, strict=True):
-        assert_close(actual, expected)
+    assert_same_gradients(cpu.dense_conv, plain_conv, x, weight, stride, pads)
 
 
 def test_dense_of_several_weights_and_twice():
@@ -94,18 +98,27 @@ def test_dense_of_several_weights_and_twice():
         assert_close(of(cpu.dense_conv), of(plain_conv), 1e-5)
 
 
+def test_dense_in_bfloat16_sums_in_float32():
+    x, weight = normal(0, 4, 16, 16, 8), normal(1, 3, 3, 8, 8)
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, weight)]
+
+    def gradient(conv, x, weight):
+        return jax.grad(
+            lambda w: conv(x, w, 1, ((1, 1), (1, 1))).astype(jnp.float32).sum()
+        )(weight)
+
+    found = gradient(cpu.dense_conv, *half)
+    exact = gradient(plain_conv, *(a.astype(jnp.float32) for a in half))
+    assert found.dtype == jnp.bfloat16
+    assert_close(found.astype(jnp.float32), exact, 4e-3)
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (7, 2), (3, 1)])
 def test_stem_equals_lax(kernel, stride):
     x, weight = normal(0, 3, 19, 22, 3), normal(1, kernel, kernel, 3, 8)
     pads = layers._pads((19, 22), kernel, stride, "same")
 
-    def value_and_gradients(conv):
-        value, pull = jax.vjp(lambda x, w: conv(x, w, stride, pads), x, weight)
-        return value, *pull(normal(2, *value.shape))
-
-    ours, plain = value_and_gradients(cpu.stem_conv), value_and_gradients(plain_conv)
-    for actual, expected in zip(ours, plain, strict=True):
-        assert_close(actual, expected)
+    assert_same_gradients(cpu.stem_conv, plain_conv, x, weight, stride, pads)
 
 
 def test_depthwise_in_bfloat16_keeps_the_dtype_and_sums_in_float32():

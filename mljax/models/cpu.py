@@ -31,11 +31,14 @@ def choose(
 
     What is traced inside `plain_forms` or `portable_forms` chooses as these say.
     """
-    forms = _forms.get()
-    if forms == _PORTABLE:
+    if _forms.get() == _PORTABLE:
         return lax.platform_dependent(*operands, cpu=fast, default=plain)
-    on_cpu = forms == _HERE and jax.default_backend() == "cpu"
-    return (fast if on_cpu else plain)(*operands)
+    return (fast if _on_cpu() else plain)(*operands)
+
+
+def _on_cpu() -> bool:
+    """Whether a model that is traced now is computed on a CPU, and only there."""
+    return _forms.get() == _HERE and jax.default_backend() == "cpu"
 
 
 def is_plain() -> bool:
@@ -142,8 +145,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     turned round and with all that comes before it (dropout, BatchNorm): here x and g
     are read as they lie in memory.
     """
-    on_cpu = _forms.get() == _HERE and jax.default_backend() == "cpu"
-    return _product(x, weight) if on_cpu else x @ weight
+    return _product(x, weight) if _on_cpu() else x @ weight
 
 
 @jax.custom_vjp
@@ -185,8 +187,7 @@ def dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.
     XLA takes that gradient as a convolution with a kernel as large as the map, two to
     six times as long.
     """
-    on_cpu = _forms.get() == _HERE and jax.default_backend() == "cpu"
-    return (_dense_conv if on_cpu else convolve)(x, weight, stride, pads)
+    return (_dense_conv if _on_cpu() else convolve)(x, weight, stride, pads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -203,7 +204,8 @@ def _dense_backward(stride, pads, saved, g):
     x, g = lax.optimization_barrier((x, g))
     (by_x,) = jax.vjp(lambda x: convolve(x, weight, stride, pads), x)[1](g)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    taps = [(i, j) for i in range(weight.shape[0]) for j in range(weight.shape[1])]
+    kernel = weight.shape[0]
+    taps = [(i, j) for i in range(kernel) for j in range(kernel)]
     rows = g.reshape(-1, g.shape[-1]).astype(_wide(g))
     by_tap = []
     for i, j in taps:

@@ -97,14 +97,14 @@ def read_head(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             feedforward=shapes["decoder.layers.0.linear1.weight"][0],
         )
     if kind == "query2label":
-        layers = {name.rsplit(".", 2)[0] for name in shapes}
+        layers = [n.partition(".")[0] for n in shapes if n.endswith(".norm1.weight")]
         return dict(
             num_classes=shapes["label_scores.weight"][0],
             cosine="label_scores.bias" not in shapes,
             dim=shapes["label_scores.weight"][1],
             feedforward=shapes["decoder.0.linear1.weight"][0],
-            encoder_layers=sum(f"encoder.{i}" in layers for i in range(len(layers))),
-            decoder_layers=sum(f"decoder.{i}" in layers for i in range(len(layers))),
+            encoder_layers=layers.count("encoder"),
+            decoder_layers=layers.count("decoder"),
         )
     if kind == "csra":
         _, heads, num_classes = shapes["class_vectors"]
@@ -152,8 +152,7 @@ def to_paper(
     last, own = within.classifier, name == "tresnet_v2_l"
     linear = isinstance(model.head, LinearHead)
     angular = _is_angular(model.head, head)
-    classes = read_head(head)["num_classes"]
-    hidden = getattr(within, "head_hidden", 0)
+    classes, hidden = read_head(head)["num_classes"], within.head_hidden
     outputs = hidden or within.num_features
     logits = dict(weight=_zeros(classes, outputs), bias=_zeros(classes))
     scores = dict(weight=_zeros(outputs, classes)) if angular else logits
