@@ -148,8 +148,9 @@ def asl(
     log_n = _log_shifted_sigmoid(-x, probability_margin)
     if eps > 0:
         log_eps = math.log(eps)
-        log_p = jnp.where(log_p >= log_eps, log_p, log_eps)
-        log_n = jnp.where(log_n >= log_eps, log_n, log_eps)
+        # Compared so that NaN stays NaN.
+        log_p = jnp.where(log_p < log_eps, log_eps, log_p)
+        log_n = jnp.where(log_n < log_eps, log_eps, log_n)
     loss = -(targets * log_p + (1 - targets) * log_n)
 
     if gamma_neg > 0 or gamma_pos > 0:
@@ -355,7 +356,7 @@ def _log_shifted_sigmoid(z: jax.Array, shift: float) -> jax.Array:
     if shift == 0:
         return log_sigmoid(z)
     shifted = jax.nn.sigmoid(z) + shift
-    return jnp.log(jnp.where(shifted < 1, shifted, 1))
+    return jnp.log(jnp.where(shifted >= 1, 1, shifted))  # NaN stays NaN
 
 
 def _focus(

@@ -117,13 +117,14 @@ def classification_report(
 
     Raises:
       ValueError: NaN among the probabilities, another label, shapes that differ,
-        a threshold of another shape, or top_k below 1.
+        a threshold of another shape, or top_k below 1 or no whole number.
     """
     probabilities, labels = _check_shapes("probabilities", probabilities, labels)
     num_images, num_classes = probabilities.shape
     threshold = np.asarray(threshold)
-    both = threshold.dtype.kind + probabilities.dtype.kind
-    if threshold.ndim == 0 and both == "ff":
+    # The kind of bfloat16 is V.
+    floats = threshold.dtype.kind == "f" and probabilities.dtype.kind in "fV"
+    if threshold.ndim == 0 and floats:
         # float32(0.3) is above 0.3, but a probability of 0.3 is not.
         threshold = threshold.astype(probabilities.dtype)
     if threshold.shape not in ((), (num_classes,)) or np.isnan(threshold).any():
@@ -133,6 +134,8 @@ def classification_report(
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+    if top_k is not None and top_k != int(top_k):
+        raise ValueError(f"top_k must be a whole number or None, got {top_k}")
 
     correct, predicted, positive = np.zeros((3, num_classes), np.int64)
     step = max(1, _BLOCK // max(1, num_classes))
@@ -141,7 +144,7 @@ def classification_report(
         _check_values("probabilities", p, y)
         chosen = y != -1
         if top_k is not None:
-            chosen &= _top_k(np.where(chosen, p, -np.inf), top_k)
+            chosen &= _top_k(np.where(chosen, p, -np.inf), int(top_k), chosen)
         if top_k is None or top_k_and_threshold:
             chosen &= p > threshold
         correct += np.count_nonzero(chosen & (y == 1), axis=0)
@@ -179,12 +182,15 @@ def _class_average_precision(scores: NDArray, labels: NDArray, envelope: bool) -
     return float(precision.mean())
 
 
-def _top_k(p: NDArray, k: int) -> NDArray[np.bool_]:
-    """Marks the k largest of each row; of equal ones the first."""
+def _top_k(p: NDArray, k: int, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Marks the k largest of each row; of equal ones the first that is allowed.
+
+    What is not allowed must be -inf, but others may be so as well.
+    """
     if k >= p.shape[1]:
         return np.ones(p.shape, bool)
     kth = np.partition(p, -k, axis=1)[:, -k, None]
-    above, tied = p > kth, p == kth
+    above, tied = p > kth, (p == kth) & allowed
     places = k - np.count_nonzero(above, axis=1, keepdims=True)
     return above | (tied & (np.cumsum(tied, axis=1) <= places))
 

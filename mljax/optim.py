@@ -61,11 +61,14 @@ def one_cycle(
         step -> learning rate, for scalars or arrays of steps; can be traced.
 
     Raises:
-        ValueError: if total_steps or pct_start is out of range.
+        ValueError: if total_steps, pct_start or a factor is out of range.
 
     References:
         Smith and Topin, "Super-Convergence" (2018), arXiv 1708.07120.
     """
+    if not min(div_factor, final_div_factor) > 0:
+        factors = f"div_factor = {div_factor}, final_div_factor = {final_div_factor}"
+        raise ValueError(f"{factors}: must be above 0")
     first = peak / div_factor
     return _two_cosines(total_steps, pct_start, first, peak, first / final_div_factor)
 

@@ -131,6 +131,18 @@ def test_linear_head_is_its_definition():
     np.testing.assert_allclose(head(jnp.asarray(x)), expected, atol=1e-5)
 
 
+def test_the_linear_head_with_cosine_is_the_cosine_head():
+    x = jnp.ones((2, 3, 3, 6))
+    one, two = (
+        build_head("linear", 6, 4, cosine=True, rngs=nnx.Rngs(0)),
+        build_head("cosine", 6, 4, cosine=True, rngs=nnx.Rngs(0)),
+    )
+    np.testing.assert_array_equal(one(x), two(x))
+    assert jnp.abs(one(x)).max() <= 1
+    with pytest.raises(ValueError, match="for logits choose 'linear'"):
+        build_head("cosine", 6, 4, cosine=False, rngs=nnx.Rngs(0))
+
+
 def test_dropout_acts_in_training_only():
     head = build_head("linear", 8, 3, dropout=0.5, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 2, 2, 8))

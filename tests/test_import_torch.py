@@ -66,6 +66,9 @@ def test_torch_tensors_are_taken():
 
         cpu = detach
 
+        def is_floating_point(self):
+            return jnp.issubdtype(self.array.dtype, jnp.floating)
+
         def element_size(self):
             return self.array.itemsize
 
@@ -87,6 +90,10 @@ def test_torch_tensors_are_taken():
         },
     )
     assert (head.classifier.weight[...] == 1).all()
+    for kind in (np.int8, np.uint8, np.bool_):
+        with pytest.raises(UserError, match=f"{np.dtype(kind)}.*nothing quantised"):
+            whole = Tensor(np.ones((3, 2), kind))
+            import_torch.load(head, {"classifier.weight": whole})
 
 
 def test_everything_wrong_is_listed_in_one_line_and_nothing_is_loaded():

@@ -114,6 +114,16 @@ def test_finite_for_any_input(loss, dtype):
 
 
 @every_loss
+def test_nan_is_not_hidden(loss):
+    outputs, labels = example()
+    labels[0] = 0, 1, 0.3, 0, 1
+    for j in range(5):
+        poisoned = outputs.copy()
+        poisoned[0, j] = np.nan
+        assert np.isnan(loss(poisoned, labels))
+
+
+@every_loss
 def test_gradient_matches_finite_differences(loss):
     outputs, labels = example()
     with jax.enable_x64(True):

@@ -5,6 +5,7 @@ import time
 import tracemalloc
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import shared
@@ -247,7 +248,7 @@ def test_report_by_hand():
 
 def test_a_probability_is_not_above_a_threshold_of_the_same_number():
     labels = np.ones((1, 3))
-    for dtype in (np.float32, np.float64):
+    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
         p = np.array([[0.1, 0.3, 0.6]], dtype)
         found = [classification_report(p, labels, t)["OR"] for t in (0.1, 0.3, 0.6)]
         assert found == pytest.approx([2 / 3, 1 / 3, 0])
@@ -267,6 +268,12 @@ def test_top_k_ties_go_to_the_first_label():
     labels[0, 4] = -1
     assert classification_report(tied, labels, top_k=2)["OP"] == 1
     assert classification_report(tied, labels, top_k=9)["OP"] == 0.5
+    # Nor where log(0) is among the scores.
+    labels = np.array([[-1, 0, 1, -1, 1]])
+    logs = np.array([[-np.inf, -np.inf, -np.inf, -np.inf, -1]])
+    assert classification_report(logs, labels, top_k=1)["OR"] == 0.5
+    assert classification_report(logs, labels, top_k=2)["OP"] == 0.5
+    assert classification_report(logs, labels, top_k=3)["OR"] == 1
 
 
 def test_report_of_nothing_is_zero():
@@ -296,5 +303,7 @@ def test_bad_input(metric):
 def test_bad_report_options():
     with pytest.raises(ValueError, match="top_k must be at least 1 or None, got 0"):
         classification_report(*example(), top_k=0)
+    with pytest.raises(ValueError, match="top_k must be a whole number or None, got 2"):
+        classification_report(*example(), top_k=2.5)
     with pytest.raises(ValueError, match="one for each of 7 classes"):
         classification_report(*example(), threshold=[0.5, 0.5])

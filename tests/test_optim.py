@@ -91,6 +91,8 @@ def test_bad_arguments_are_named():
         optim.one_cycle(0.1, 0)
     with pytest.raises(ValueError, match="pct_start = 1.5"):
         optim.cosine(0.1, 10, 1.5)
+    with pytest.raises(ValueError, match="final_div_factor = 0: must be above 0"):
+        optim.one_cycle(0.1, 10, final_div_factor=0)
     with pytest.raises(ValueError, match="'adam'.*sgd"):
         optim.make_optimizer(settings(name="adam"), 8, 10, {})
     with pytest.raises(ValueError, match="'step'.*one_cycle"):

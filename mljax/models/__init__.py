@@ -49,7 +49,7 @@ BACKBONES: dict[str, Callable[..., nnx.Module]] = {
     "vit_base_patch16_224": vit.vit_base_patch16_224,
 }
 HEADS: dict[str, Callable[..., nnx.Module]] = {
-    "linear": linear.linear,
+    "linear": linear.LinearHead,
     "cosine": linear.cosine,
     "ml_decoder": ml_decoder.MLDecoder,
     "query2label": query2label.Query2Label,

@@ -207,7 +207,9 @@ def _arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
                 f"the weights have {name} as {array.dtype}: only floating-point "
                 "numbers can be taken, nothing quantised"
             )
-        if not np.isfinite(array.astype(np.float32)).all():
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            finite = np.isfinite(array.astype(np.float32)).all()
+        if not finite:
             raise UserError(f"the weights have NaN or infinity in {name}")
     return arrays
 

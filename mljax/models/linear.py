@@ -120,11 +120,11 @@ class LinearHead(nnx.Module):
         return self.classifier(x)
 
 
-def linear(features: int, num_classes: int, **options) -> LinearHead:
-    """A head whose scores are logits; options as in `LinearHead`."""
-    return LinearHead(features, num_classes, cosine=False, **options)
-
-
 def cosine(features: int, num_classes: int, **options) -> LinearHead:
-    """A head whose scores are cosines, for AAM; options as in `LinearHead`."""
-    return LinearHead(features, num_classes, cosine=True, **options)
+    """A head whose scores are cosines, for AAM; the other options of `LinearHead`.
+
+    ValueError for `cosine=False`, which is the head "linear".
+    """
+    if not options.setdefault("cosine", True):
+        raise ValueError("the head 'cosine' gives cosines: for logits choose 'linear'")
+    return LinearHead(features, num_classes, **options)

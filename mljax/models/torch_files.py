@@ -100,7 +100,8 @@ def to_numpy(value: Any) -> np.ndarray:
     """A numpy array of a numpy, jax or torch one; half types of torch as float32."""
     if hasattr(value, "detach"):  # torch; numpy has no bfloat16 for it
         value = value.detach().cpu()
-        value = value.float() if value.element_size() < 4 else value
+        if value.is_floating_point() and value.element_size() < 4:
+            value = value.float()
     return np.asarray(value)
 
 
