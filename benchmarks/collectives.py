@@ -1,9 +1,11 @@
 """Bytes that a training step sends between devices, and bytes it keeps on each.
 
 python benchmarks/collectives.py [--devices 8 64 256] [--backbone NAME] [--head NAME]
+python benchmarks/collectives.py --topology v5e:4x4 --fsdp 1 4 [--size 448 --batch 32]
 
 Compiles the training step (SAM, EMA, as in `mljax.train`) for so many simulated CPU
-devices, runs nothing, and reads the collective operations off the compiled program.
+devices, or for TPUs that need not be there (pip install libtpu; minutes), runs nothing,
+and reads the collective operations off the compiled program.
 A row is a layout data x fsdp. MB sent are those a device sends with ring algorithms:
 2 (n - 1) / n of the bytes of an all-reduce, (n - 1) / n of those of an all-gather
 (counted whole), n the devices that take part.
@@ -13,7 +15,7 @@ every gradient is all-reduced once, and for each BatchNorm the sums that its mea
 its variance need (what the gradient through them needs are the gradients of its weight
 and bias); and every parameter that is split over fsdp is gathered once in the step: the
 first gradient is whole on each device, so that what SAM moves is computed there. With
-reduce-scatter (TPU, GPU) less would be sent under fsdp; that is not measured here.
+reduce-scatter less would be sent under fsdp.
 
 MB of state: parameters, optimiser and averages, as arguments of the compiled program.
 """
@@ -40,16 +42,28 @@ KINDS = (
 )
 
 
+# How an array lies in a TPU's memory, behind its shape: f32[16]{0:T(128)S(1)}.
+_LAYOUT = re.compile(r"(\w\[[\d,]*\])\{[^{}]*\}")
+
+SHARED = ("topology", "backbone", "head", "size", "batch", "dtype")
+
+
 def collectives(program: str, devices: int) -> list[tuple[str, int, int]]:
     """(kind, bytes of the result, devices in a group) of each in an HLO text."""
-    found = []
+    found, channels = [], set()
     # %name = type operation(operands), attributes; of several results: (type, type).
     result = r"^\s*(?:ROOT )?%?\S+ = (\([^)]*\)|\S+)"
     pattern = re.compile(rf"{result} ({'|'.join(KINDS)})(?:-start)?\((.*)")
     for line in program.splitlines():
+        line = _LAYOUT.sub(r"\1", line)
         if not (match := pattern.match(line)):
             continue
         result, kind, rest = match.groups()
+        # A TPU's program repeats an operation where it goes on beside others.
+        if channel := re.search(r"channel_id=\d+", rest):
+            if channel.group() in channels:
+                continue
+            channels.add(channel.group())
         size = 0
         for kind_of_number, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
             size += BYTES[kind_of_number] * math.prod(
@@ -133,68 +147,93 @@ def measure(config: Any, devices: int, fsdp: int) -> dict[str, Any]:
         "least_mb": split / 1e6,
         "ratio": wire / split if split else 1.0,
         "state_mb": (analysis.argument_size_in_bytes - batch_bytes) / 1e6,
+        "temporary_mb": analysis.temp_size_in_bytes / 1e6,
+        "gflop": compiled.cost_analysis()["flops"] / 1e9,
     }
 
 
-def make_config(backbone: str, head: str, devices: int) -> Any:
+def make_config(args: argparse.Namespace, devices: int) -> Any:
     from mljax import config as configs
 
     config = configs.load("configs/shapes.py", "debug")
-    config.model.backbone, config.model.head = backbone, head
-    config.data.image_size = 64
-    config.batch_size = config.eval.batch_size = 2 * devices
-    config.data.num_train = config.data.num_val = 2 * devices
+    config.model.backbone, config.model.head = args.backbone, args.head
+    config.data.image_size, config.dtype = args.size, args.dtype
+    config.batch_size = config.eval.batch_size = args.batch * devices
+    config.data.num_train = config.data.num_val = args.batch * devices
     config.sam.rho = 0.05
     return config
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--devices", type=int, nargs="+", default=[8, 64, 256])
+    add("--topology", help="of TPUs, as v5e:4x4, instead of simulated CPU devices")
+    add("--fsdp", type=int, nargs="+", default=[1, 8])
+    add("--backbone", default="mobilenetv3_large_100")
+    add("--head", default="linear")
+    add("--size", type=int, default=64, help="pixels along a side")
+    add("--batch", type=int, default=2, help="images on a device")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--one", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def one(args: argparse.Namespace) -> dict[str, Any]:
+    """A row, in a process of its own: the number of devices is fixed in one."""
+    (fsdp,) = args.fsdp
+    if not args.topology:
+        (devices,) = args.devices
+        return measure(make_config(args, devices), devices, fsdp)
+    import tpu_topology
+
+    os.environ |= tpu_topology.ENVIRONMENT
+    devices = len(tpu_topology.devices(args.topology))
+    if devices % fsdp:
+        raise SystemExit(f"--fsdp {fsdp} does not divide {devices} devices")
+    with tpu_topology.compiling_for(args.topology):
+        return measure(make_config(args, devices), devices, fsdp)
 
 
 def main() -> None:
     from mljax import main as program
 
     program.quiet()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--fsdp", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--backbone", default="mobilenetv3_large_100")
-    parser.add_argument("--head", default="linear")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = arguments()
     if args.one:
-        (devices,), (fsdp,) = args.devices, args.fsdp
-        config = make_config(args.backbone, args.head, devices)
-        print(json.dumps(measure(config, devices, fsdp)))
+        print(json.dumps(one(args)))
         return
-    print(f"{args.backbone} + {args.head}, SAM, float32")
+    print(f"{args.backbone} + {args.head}, {args.size} px, SAM, {args.dtype}")
     print(
-        "| data x fsdp | all-reduce | all-gather | other | MB sent | least | ratio "
-        "| MB of state |"
+        "| data x fsdp | all-reduce | all-gather | reduce-scatter | other | MB sent "
+        "| least | ratio | MB of state | MB of temporaries | GFLOP |"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for devices in args.devices:
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    shared = [f"--{n}={getattr(args, n)}" for n in SHARED if getattr(args, n)]
+    for devices in [0] if args.topology else args.devices:
         for fsdp in args.fsdp:
             if devices % fsdp:
                 continue
-            # The number of devices is fixed once JAX has started.
             env = os.environ | {
                 "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAX_NUM_CPU_DEVICES": str(max(devices, 1)),
                 # Nothing is run: the machine code need not be good.
                 "XLA_FLAGS": "--xla_backend_optimization_level=0 "
                 "--xla_llvm_disable_expensive_passes=true",
             }
             command = [sys.executable, __file__, "--one", f"--devices={devices}"]
-            command += [f"--fsdp={fsdp}", f"--backbone={args.backbone}"]
-            command += [f"--head={args.head}"]
+            command += [f"--fsdp={fsdp}", *shared]
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(done.returncode)
             row = json.loads(done.stdout.splitlines()[-1])
             count = row["operations"]
-            other = sum(count[k] for k in KINDS[2:])
+            other = sum(count[k] for k in KINDS[3:])
             print(
                 f"| {row['layout']} | {count['all-reduce']} | {count['all-gather']} | "
-                f"{other} | {row['sent_mb']:.2f} | {row['least_mb']:.2f} | "
-                f"{row['ratio']:.3f} | {row['state_mb']:.2f} |",
+                f"{count['reduce-scatter']} | {other} | {row['sent_mb']:.2f} | "
+                f"{row['least_mb']:.2f} | {row['ratio']:.3f} | {row['state_mb']:.2f} | "
+                f"{row['temporary_mb']:.1f} | {row['gflop']:.2f} |",
                 flush=True,
             )
 

@@ -286,7 +286,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Steps in a row that end the run: not finite, or without any readable image.
     train.max_bad_steps = 10
     train.patience = 5  # early stopping, in evaluations; 0 = off
-    train.warmup_epochs = 0  # early stopping waits for these
+    train.warmup_epochs = 0  # early stopping waits for these, unless mAP is 100
 
     config.eval = ConfigDict(
         dict(

@@ -150,7 +150,17 @@ def find_best(path: Path) -> Path:
             raise UserError(
                 f"{path}: is not whole (_CHECKPOINT_METADATA is missing); {_AGAIN}"
             )
-        raise UserError(f"{path}: holds no checkpoint (neither best/ nor a saved step)")
+        if not path.exists():
+            raise UserError(f"{path}: there is no such directory")
+        if saved := sorted((path / "checkpoints").glob("[0-9]*")):
+            raise UserError(
+                f"{path}: holds no checkpoint of an evaluation yet: go on training, or "
+                f"name a step such as {saved[-1]}"
+            )
+        raise UserError(
+            f"{path}: holds no checkpoint (neither best/ nor a saved step); name a "
+            "work directory or a step of it"
+        )
     return path
 
 

@@ -27,6 +27,11 @@ def one_line(error: BaseException) -> str | None:
         # A full disk, a folder without permission: the name and the reason suffice.
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return (
+            "this machine has too little memory: lower config.batch_size, "
+            "config.eval.batch_size or config.data.image_size"
+        )
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):  # of XLA
         return (
             "the device has too little memory: lower config.batch_size or "

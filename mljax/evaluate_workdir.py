@@ -46,7 +46,6 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
         "unreadable": unreadable,
         "per_class": dict(zip(val.class_names, per_class, strict=True)),
     }
-    workdir.write_text(folder / "eval.json", json.dumps(found, indent=2) + "\n")
     if jax.process_index() == 0:
         if changed:
             print(f"config:  {changed} (the run's own: {folder / workdir.CONFIG})")
@@ -55,6 +54,9 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
             print(nan_note(count))
         if unreadable:
             print(f"{len(unreadable)} images could not be read: see eval.json")
+    # After the table, which is not lost where nothing can be written.
+    workdir.write_text(folder / "eval.json", json.dumps(found, indent=2) + "\n")
+    if jax.process_index() == 0:
         print(f"weights of step {found['step']}; written to {folder / 'eval.json'}")
     return found
 

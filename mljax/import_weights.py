@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mljax import config as configs
+from mljax import main as program
 from mljax.errors import UserError
 
 _HEADS = ("linear", "gcn", "gat", "ml_decoder", "query2label", "csra")
@@ -255,27 +256,21 @@ def export(args: argparse.Namespace) -> None:
     print(f"written: {args.to}: {len(tensors)} tensors, {classes} classes")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for an error, 2 for wrong flags."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
-        from absl import logging
+def run(args: argparse.Namespace) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+    from absl import logging
 
-        # Orbax tells of one failed write in six tracebacks, and then raises it as well.
-        logging.set_verbosity(logging.FATAL)
-        if args.export:
-            export(args)
-        else:
-            import_file(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a folder without permission
-        name = error.filename or args.to
-        print(f"error: {name}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    # Orbax tells of one failed write in six tracebacks, and then raises it as well.
+    logging.set_verbosity(logging.FATAL)
+    if args.export:
+        export(args)
+    else:
+        import_file(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code, see `mljax.main.command`."""
+    return program.command(parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -66,11 +66,16 @@ class Speed:
         self.batch_size, self.flops = batch_size, 0.0
         self.devices, self.peak = jax.device_count(), peak_of(jax.devices()[0])
         self._ended: list[float] | None = None
+        # Steps that were dispatched, that are known to have ended, and whose metrics
+        # were fetched.
+        self._dispatched = self._done = self._fetched = 0
+        self._last: tuple[int, float, float] | None = None
         self.restart()
 
     def restart(self) -> None:
         """Leaves out what came before: evaluation, saving, compiling."""
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._since, self._waited = time.perf_counter(), 0.0
+        self._done_before = self._done
 
     def dispatched(self, metrics: Any) -> None:
         """To be called with what a step gives, which need not be computed yet.
@@ -78,8 +83,11 @@ class Speed:
         The loop is a step ahead of the devices: while they still compute, waiting for
         the next batch costs nothing, and `timed` does not count it.
         """
-        self._ended = []
-        _watcher().put((jax.tree.leaves(metrics)[-1], self._ended))
+        self._dispatched += 1
+        self._ended, last = [], jax.tree.leaves(metrics)[-1]
+        if last.is_ready():  # as on a CPU, which computes where it is called
+            self.ended()
+        _watcher().put((last, self._ended))
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """`batches`; counts how long nothing was computed because one was not ready."""
@@ -92,23 +100,34 @@ class Speed:
             self._waited += ready - idle_from
             yield batch
 
-    def step(self) -> None:
-        self._steps += 1
+    def ended(self) -> None:
+        """The step that was dispatched last is computed."""
+        self._done = self._dispatched
 
-    def read(self) -> dict[str, float]:
+    def step(self) -> None:
+        """To be called once the metrics of a step were fetched, in their order."""
+        self._fetched += 1
+        self._done = max(self._done, self._fetched)
+
+    def read(self) -> dict[str, float] | None:
         """The figures since `restart`, by their names in TensorBoard.
 
         step_ms, data_wait_ms (of it; nothing was computed meanwhile),
         images_per_second, and the same of each device;
         memory_gb; where they are known teraflops (a second and device) and
-        share_of_peak.
+        share_of_peak. Where no step has ended since, those before; None if there are
+        none.
         """
-        steps = max(1, self._steps)
-        seconds = (time.perf_counter() - self._since) / steps
+        if done := self._done - self._done_before:
+            self._last = done, time.perf_counter() - self._since, self._waited
+        if self._last is None:
+            return None
+        steps, since, waited = self._last
+        seconds = since / steps
         images = self.batch_size / seconds
         found = {
             "step_ms": 1e3 * seconds,
-            "data_wait_ms": 1e3 * self._waited / steps,
+            "data_wait_ms": 1e3 * waited / steps,
             "images_per_second": images,
             "images_per_second_per_device": images / self.devices,
             "memory_gb": memory.peak_bytes() / 1e9,

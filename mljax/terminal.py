@@ -64,13 +64,20 @@ class Terminal:
                 )
                 for note in source.notes:
                     self.say(f"{name + ':':<9}{note}")
-                if always := source.never_absent():
-                    shown = ", ".join(always[:5]) + (", ..." if always[5:] else "")
-                    ap = "" if name == "train" else " (their AP is always 100)"
-                    self.say(
-                        f"{name + ':':<9}{len(always)} classes without a known "
-                        f"negative{ap}: {shown}"
-                    )
+                train = name == "train"
+                for classes, what, effect in (
+                    (source.never_present(), "positive", "they have no AP"),
+                    (
+                        source.never_absent(),
+                        "known negative",
+                        "their AP is always 100",
+                    ),
+                ):
+                    if classes:
+                        why = "" if train else f" ({effect})"
+                        shown = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+                        count = f"{len(classes)} classes without a {what}"
+                        self.say(f"{name + ':':<9}{count}{why}: {shown}")
         twice = "2 x " if run.is_pair else ""
         params = finetune.one_network(params)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
@@ -122,12 +129,15 @@ class Terminal:
         loss = self._loss / self._steps
         found = self.speed.read()
         rate = float(metrics["learning_rate"])
-        left = (self.total_steps - at) * found["step_ms"] / 1e3
-        self.say(
+        line = (
             f"step {at}/{self.total_steps}  epoch {at / self.steps_per_epoch:.2f}  "
-            f"loss {loss:.4g}  lr {rate:.3g}  {found['images_per_second']:.0f} "
-            f"images/s  {_clock(left)} left  {speed.text(found)}"
+            f"loss {loss:.4g}  lr {rate:.3g}"
         )
+        if found:  # none where the first step of a process is the only one so far
+            left = (self.total_steps - at) * found["step_ms"] / 1e3
+            line += f"  {found['images_per_second']:.0f} images/s  {_clock(left)} left"
+            line += f"  {speed.text(found)}"
+        self.say(line)
         if self._writer:
             values = {
                 "train/loss": loss,
@@ -135,7 +145,7 @@ class Terminal:
                 "train/grad_norm": float(metrics["grad_norm"]),
                 "train/skipped_steps": progress.skipped,
                 "train/unreadable_images": self._unreadable,
-                **{f"train/{name}": value for name, value in found.items()},
+                **{f"train/{name}": value for name, value in (found or {}).items()},
             }
             self._curves(lambda writer: writer.write_scalars(at, values))
         self.restart_clock()

@@ -162,10 +162,16 @@ def run(args: argparse.Namespace) -> None:
     choose = chooser(args)
     try:
         decided, choice = choose(logits, labels)
-        found = measure(logits, labels, choose, args.splits, args.seed)
     except ValueError as error:
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
-    before, after = (found[k].mean(0).tolist() for k in ("before", "after"))
+    try:
+        found = measure(logits, labels, choose, args.splits, args.seed)
+        means = {k: v.mean(0).tolist() for k, v in found.items()}
+        gains = {k: dict(zip(_FIGURES, v, strict=True)) for k, v in means.items()}
+        table = _gain_table(found)
+    except ValueError as error:  # the images are too few to be halved
+        gains = {}
+        table = f"what is gained could not be measured on halves of them: {error}"
     wanted = _wanted(args)
     about = {
         "for": wanted,
@@ -173,12 +179,11 @@ def run(args: argparse.Namespace) -> None:
         "shrink": args.shrink,
         "calibrate": args.calibrate,
         "splits": args.splits,
-        "before": dict(zip(_FIGURES, before, strict=True)),
-        "after": dict(zip(_FIGURES, after, strict=True)),
+        **gains,
     }
     print(f"chosen on {len(logits)} images ({source}) for {wanted}")
     print(_class_table(names, decided, choice, logits, labels))
-    print(_gain_table(found))
+    print(table)
     written = decision.save(step, names, decided._replace(about=about))
     print(f"written: {written}")
 

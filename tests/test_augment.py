@@ -137,6 +137,19 @@ def test_what_one_image_does_not_know_the_mix_does_not_know():
         assert ((targets[~unknown] >= 0) & (targets[~unknown] <= 1)).all()
 
 
+def test_an_image_is_not_mixed_with_one_of_which_nothing_is_known():
+    images, labels = make_batch()
+    labels[labels < 0] = 0
+    images[1], labels[1] = 0, -1  # as one that could not be read
+    for options in (MIXUP, CUTMIX):
+        mixed, targets = mix(3, images, labels, **options)
+        own = np.asarray(jax.jit(normalise)(images))
+        np.testing.assert_array_equal(mixed[2], own[2])
+        np.testing.assert_array_equal(targets[2], labels[2])
+        assert not np.array_equal(mixed[3], own[3])
+        np.testing.assert_array_equal(targets[1], -1)
+
+
 def test_alpha_prob_and_switch_prob_do_what_they_say():
     def kinds(seeds, **options):
         found = []

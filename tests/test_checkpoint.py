@@ -66,6 +66,12 @@ def test_weights_alone_and_plain_orbax(tmp_path):
 def test_errors_are_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find_best(tmp_path)
+    with pytest.raises(UserError, match="there is no such directory"):
+        checkpoint.find_best(tmp_path / "nowhere")
+    (tmp_path / "stopped" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "stopped" / "best").mkdir()
+    with pytest.raises(UserError, match=r"no checkpoint of an evaluation .*points/3$"):
+        checkpoint.find_best(tmp_path / "stopped")
     saves = checkpoint.Checkpoints(tmp_path / "run")
     saves.save(1, state(1.0), {})
     saves.wait()

@@ -30,6 +30,8 @@ def test_operations_are_read_with_their_bytes_and_groups(script):
   %e = f32[] all-reduce(%v), replica_groups=mesh['a'=4,'b'=2] {'a','b'}, to_apply=%f
   %f = f32[] all-reduce(%v), replica_groups=mesh['a'=4,'b'=1], device_ids=([4,2]) {'a'}
   %g = f32[] all-reduce(%v), replica_groups=mesh['a'=8] {'a':(1)2}, to_apply=%f
+  %h = (f32[9]{0:T(1024)S(1)}, bf16[8,2]{1,0:T(8,128)(2,1)}) all-reduce(%x, %y)
+  %i = f32[16,8]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,8]<=[8]
   %d = f32[3]{0} add(%p, %q), metadata={op_name="after all-reduce(x)"}
 """
     assert script.collectives(text, 8) == [
@@ -39,6 +41,7 @@ def test_operations_are_read_with_their_bytes_and_groups(script):
         ("all-reduce", 4, 8),
         ("all-reduce", 4, 4),
         ("all-reduce", 4, 2),
+        ("all-reduce", 68, 8),
     ]
 
 

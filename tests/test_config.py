@@ -322,6 +322,11 @@ def test_recipes_augment_as_published():
     plain = configs.load("configs/corel5k.py", "plain")
     assert plain.data.crop_area == 1 and plain.sam.update_stats == "both"
     assert not plain.eval.flip
+    crops = configs.load("configs/corel5k.py", "crops")
+    differs = {"crop_area": crops.data.crop_area}
+    assert differs == {"crop_area": 0.6} and crops.eval.flip
+    crops.data.crop_area = 1.0
+    assert crops.to_dict() == configs.load("configs/corel5k.py").to_dict()
 
 
 def test_a_cosine_head_needs_aam():

@@ -150,6 +150,9 @@ def test_content_keys_find_duplicates(tmp_path):
         (tmp_path / name).write_bytes(content)
     a, b, c, d = files.content_keys([str(tmp_path / n) for n in "abcd"])
     assert a == c and len({a, b, d}) == 3
+    for name in "ab":  # no pictures, so not the same one
+        (tmp_path / name).write_bytes(b"")
+    assert len(set(files.content_keys([str(tmp_path / n) for n in "abcd"]))) == 4
 
 
 @pytest.mark.parametrize(

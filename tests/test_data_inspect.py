@@ -334,3 +334,14 @@ def test_the_output_is_not_someone_elses(tmp_path, capsys):
     inspected(tmp_path, data, expect=1)
     assert "is not empty and holds no earlier report" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["thesis.txt"]
+    (tmp_path / "report/thesis.txt").rename(tmp_path / "report/report.json")
+    inspected(tmp_path, data, expect=1)
+    assert "report.json there is of another program" in capsys.readouterr().err
+    assert (tmp_path / "report/report.json").read_text() == "mine"
+    (tmp_path / "report/report.json").unlink()
+    for _ in range(2):
+        inspected(tmp_path, data)
+    (tmp_path / "report/class_weights.json").write_text("{}")
+    inspected(tmp_path, data, expect=1)
+    assert "is not as it was written" in capsys.readouterr().err
+    assert (tmp_path / "report/class_weights.json").read_text() == "{}"

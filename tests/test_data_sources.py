@@ -222,6 +222,12 @@ MISTAKES = [
     ("coco", replaced(INSTANCES, '"name": "cat"', '"name": "ant"'), 'name "ant" is th'),
     ("coco", replaced(INSTANCES, '"name": "cat"', '"name": "cow"'), "differ in their"),
     ("coco", replaced(INSTANCES, '"name": "cat"', '"nom": 1'), r"categories\[2\] must"),
+    (
+        "coco",
+        replaced(INSTANCES, '"cat"', '"\\ud800"'),
+        r"\[2\]: 'name' must be a text",
+    ),
+    ("coco", replaced(INSTANCES, '"cat"', '" "'), r"categories\[2\]: 'name' must be"),
     ("voc", unlink("ImageSets/Main/train.txt"), "train.txt: no such file; data.train"),
     ("voc", unlink("Annotations/train ñ001.xml"), "train.txt, line 2: .*No such file"),
     (

@@ -214,6 +214,27 @@ def test_only_waiting_while_nothing_is_computed_counts(batch_s, least, most):
     assert least <= found.read()["data_wait_ms"] / 1e3 <= most
 
 
+def test_steps_that_end_where_they_are_called_count_then(monkeypatch):
+    """The metrics of a step are fetched after the next one, those of the last two at
+    once: on a CPU, where no step is left running, each still has its own time."""
+
+    class Ended:
+        def is_ready(self):
+            return True
+
+    clock = {"now": 0.0}
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock["now"])
+    found, times = speed.Speed(64), []
+    for at in range(3):
+        clock["now"] += 2.0
+        found.dispatched({"loss": Ended()})
+        for _ in range((at > 0) + (at == 2)):
+            found.step()
+            times.append(found.read()["step_ms"])
+            found.restart()
+    assert times == [2000, 2000, 2000]
+
+
 def test_peaks_are_found_by_the_longest_name():
     class Device:
         device_kind = "NVIDIA H100 80GB HBM3"

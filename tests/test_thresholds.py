@@ -140,6 +140,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(calibrated.predict(image), expected, atol=1e-5)
     assert np.abs(expected - plain).max() > 1e-3
 
+    # One positive, which one half of any two cannot have.
+    labels[:] = 0
+    labels[:4, 0] = 1, -1, -1, -1
+    printed = call(capsys, *flags, "--overwrite")
+    assert "could not be measured on halves of them: no class has" in printed
+    stored = json.loads(file.read_text())["chosen"]
+    assert stored["on"] == "200 images, some data" and "after" not in stored
+
     saves = checkpoint.Checkpoints(tmp_path / "best")
     assert saves.latest() == 5
     for step in (6, 7):  # two are kept

@@ -148,6 +148,8 @@ def make_augment(
     whole batch (the first with the last): as good as a permutation, since batches are
     drawn in random order. Over several devices this moves one uint8 image to a
     neighbour, where a permutation or the reversed batch would move all of them.
+    Where that one has no known label at all, as an image that could not be read, the
+    image stays as it is.
     """
 
     def augment(
@@ -171,9 +173,13 @@ def make_augment(
             mixup_prob,
             mixup_switch_prob,
         )
-        others = normalise(jnp.roll(images, 1, axis=0))
-        images = share * normalise(images) + (1 - share) * others
-        return images, mix_labels(labels, jnp.roll(labels, 1, axis=0), lam)
+        images, others = normalise(images), normalise(jnp.roll(images, 1, axis=0))
+        other_labels = jnp.roll(labels, 1, axis=0)
+        known = jnp.any(other_labels >= 0, axis=1, keepdims=True)
+        mixed = share * images + (1 - share) * others
+        images = jnp.where(known[:, :, None, None], mixed, images)
+        mixed_labels = mix_labels(labels, other_labels, lam)
+        return images, jnp.where(known, mixed_labels, labels.astype(jnp.float32))
 
     return augment
 

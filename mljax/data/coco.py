@@ -55,7 +55,7 @@ def _read(data_config: ConfigDict, split: str) -> Source:
             raise UserError(f"{path}: {key!r} is empty")
     for key, name in (("categories", "name"), ("images", "file_name")):
         for place, entry in enumerate(tables[key]):
-            if not isinstance(entry[name], str) or not entry[name]:
+            if not isinstance(entry[name], str) or not files.is_name(entry[name]):
                 raise UserError(
                     f"{path}: {key}[{place}]: {name!r} must be a text, found "
                     f"{files.shown(entry[name])}"

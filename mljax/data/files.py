@@ -134,14 +134,14 @@ def _contradictions(names: Sequence[str], labels: np.ndarray) -> list[str]:
 def content_keys(files: Sequence[str]) -> list[str]:
     """For each file a key that is the same for files with the same bytes.
 
-    Only files that share their size with another are read. A missing file counts as
-    different from all.
+    Only files that share their size with another are read. A file that is missing or
+    empty holds no picture and counts as different from all.
     """
     sizes = [os.path.getsize(f) if os.path.exists(f) else -1 for f in files]
     count = Counter(sizes)
 
     def key(i: int) -> str:
-        if sizes[i] < 0 or count[sizes[i]] == 1:
+        if sizes[i] <= 0 or count[sizes[i]] == 1:
             return f"{sizes[i]} {files[i]}"
         try:
             with open(files[i], "rb") as file:

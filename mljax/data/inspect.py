@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mljax.data.inspect_images import ImageFacts
     from mljax.data.source import Source
 
-REPORT = "report.json"
+REPORT, WEIGHTS = "report.json", "class_weights.json"
 _THUMBNAIL = 200  # pixels
 
 
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
     }
     _draw(folder, sources["train"], picked["train"])
     page = inspect_page.page(report, sources, picked, folder)
-    weights = json.dumps(report["class_weights"], indent=2, ensure_ascii=False)
-    workdir.write_text(folder / "class_weights.json", weights + "\n")
+    workdir.write_text(folder / WEIGHTS, _weights_text(report["class_weights"]))
     text = json.dumps(report, indent=2, allow_nan=False)
     workdir.write_text(folder / REPORT, text + "\n")
     workdir.write_text(folder / "report.html", page)
@@ -70,10 +69,7 @@ def run(args: argparse.Namespace) -> None:
     for finding in report["findings"]:
         print(f"{finding['level']:<8} {finding['text']}")
     print(f"report:  {folder / 'report.html'}")
-    print(
-        f"weights: --config.loss.class_weights={folder / 'class_weights.json'} weighs "
-        "the classes"
-    )
+    print(f"weights: --config.loss.class_weights={folder / WEIGHTS} weighs the classes")
 
 
 def inspect(
@@ -136,7 +132,26 @@ def _output(path: str) -> Path:
             f"--output {path}: is not empty and holds no earlier report; name a new or "
             "empty directory"
         )
+    if not (folder / REPORT).exists():
+        return folder
+    try:
+        written = json.loads((folder / REPORT).read_text())["class_weights"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--output {path}: {REPORT} there is of another program; name a new or "
+            "empty directory"
+        ) from None
+    if (weights := folder / WEIGHTS).exists():
+        if weights.read_text() != _weights_text(written):
+            raise UserError(
+                f"--output {path}: {WEIGHTS} there is not as it was written; move it "
+                "away, or name another directory"
+            )
     return folder
+
+
+def _weights_text(weights: Mapping[str, Any]) -> str:
+    return json.dumps(weights, indent=2, ensure_ascii=False) + "\n"
 
 
 def _table(classes: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[str]:

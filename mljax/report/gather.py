@@ -221,7 +221,10 @@ def _evaluate(
     configs.validate(config)
     configs.fit_devices(config, jax.device_count())
     check_names(config)
-    val = DATASETS[config.data.name](config.data, config.seed).val
+    try:
+        val = DATASETS[config.data.name](config.data, config.seed).val
+    except UserError as error:
+        raise UserError(f"{error} (here: --root FOLDER)") from error
     results.need_positives(val, "val")
     workdir.check_same_classes(str(folder), about, val.class_names)
     run = make_run(config, val.class_names)
