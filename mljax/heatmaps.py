@@ -198,6 +198,7 @@ class Explainer:
         for label in labels:
             if label not in names:
                 near = difflib.get_close_matches(label, names, n=3)
-                hint = f"did you mean {', '.join(near)}?" if near else "see class_names"
+                some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+                hint = f"did you mean {', '.join(near)}?" if near else f"it has {some}"
                 raise UserError(f"the model has no label {label!r}; {hint}")
         return np.array([names.index(x) for x in labels], np.int32)

@@ -98,8 +98,10 @@ def _looks(report: Mapping[str, Any]) -> list[str]:
     for split in report["splits"]:
         if groups := [g for g in same if g["splits"] == [split]]:
             extra = sum(len(g["images"]) - 1 for g in groups)
+            stand = "stands" if extra == 1 else "stand"
             texts.append(
-                f"{split}: {count(extra, 'image')} stand there once more, byte for byte"
+                f"{split}: {count(extra, 'image')} {stand} there once more, byte for "
+                "byte"
             )
     for split, counts in report["splits"].items():
         for kind, what in (("tiny", "tiny"), ("huge", "huge, slow to decode")):
