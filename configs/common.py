@@ -108,7 +108,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # epoch is chosen on data.val, and the output says so.
     data.holdout = 0.0
     # An image that is missing or cannot be read: stop | skip (it is counted, named in
-    # the work directory, and changes no other image of its step: none is mixed with it).
+    # the work directory, and changes no other image of its step; none is mixed with it)
     data.on_error = "stop"
     data.max_pixels = 100_000_000  # a larger image counts as unreadable
     data.prefetch = 2  # batches prepared ahead
