@@ -262,9 +262,10 @@ def contestant(args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
         def batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
             return watched(make(*args, **kwargs), marks)
 
-        def reading(self: Any) -> dict[str, float]:
-            figures.append(read(self))
-            return figures[-1]
+        def reading(self: Any) -> dict[str, float] | None:
+            if found := read(self):  # None before a step was timed
+                figures.append(found)
+            return found
 
         with (
             tempfile.TemporaryDirectory() as runs,
