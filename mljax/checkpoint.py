@@ -142,8 +142,7 @@ def find_best(path: Path) -> Path:
     """
     best = path / "best"
     folder = best if best.is_dir() else path
-    steps = [int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()]
-    if steps:
+    if steps := _steps(folder):
         return folder / str(max(steps))
     if not (path / "_CHECKPOINT_METADATA").is_file():  # Orbax writes it last
         if (path / "state").is_dir():
@@ -152,16 +151,21 @@ def find_best(path: Path) -> Path:
             )
         if not path.exists():
             raise UserError(f"{path}: there is no such directory")
-        if saved := sorted((path / "checkpoints").glob("[0-9]*")):
+        if saved := _steps(path / "checkpoints"):
             raise UserError(
                 f"{path}: holds no checkpoint of an evaluation yet: go on training, or "
-                f"name a step such as {saved[-1]}"
+                f"name a step such as {path / 'checkpoints' / str(max(saved))}"
             )
         raise UserError(
             f"{path}: holds no checkpoint (neither best/ nor a saved step); name a "
             "work directory or a step of it"
         )
     return path
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps that are saved in a folder."""
+    return [int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit()]
 
 
 def describe(path: Path) -> dict[str, Any]:

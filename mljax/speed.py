@@ -86,7 +86,7 @@ class Speed:
         self._dispatched += 1
         self._ended, last = [], jax.tree.leaves(metrics)[-1]
         if last.is_ready():  # as on a CPU, which computes where it is called
-            self.ended()
+            self.computed()
         _watcher().put((last, self._ended))
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -100,7 +100,7 @@ class Speed:
             self._waited += ready - idle_from
             yield batch
 
-    def ended(self) -> None:
+    def computed(self) -> None:
         """The step that was dispatched last is computed."""
         self._done = self._dispatched
 

@@ -339,7 +339,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             if program not in compiled:
                 compiled.add(program)
                 jax.block_until_ready(metrics)
-                terminal.speed.ended()
+                terminal.speed.computed()
                 if at == start + 1:
                     terminal.first_step(time.perf_counter() - started)
                 elif at == made.thaw_step + 1:

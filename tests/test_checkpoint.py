@@ -68,9 +68,10 @@ def test_errors_are_one_line(tmp_path):
         checkpoint.find_best(tmp_path)
     with pytest.raises(UserError, match="there is no such directory"):
         checkpoint.find_best(tmp_path / "nowhere")
-    (tmp_path / "stopped" / "checkpoints" / "3").mkdir(parents=True)
+    for step in (9, 12):
+        (tmp_path / "stopped" / "checkpoints" / str(step)).mkdir(parents=True)
     (tmp_path / "stopped" / "best").mkdir()
-    with pytest.raises(UserError, match=r"no checkpoint of an evaluation .*points/3$"):
+    with pytest.raises(UserError, match=r"no checkpoint of an evaluation .*points/12$"):
         checkpoint.find_best(tmp_path / "stopped")
     saves = checkpoint.Checkpoints(tmp_path / "run")
     saves.save(1, state(1.0), {})
