@@ -106,7 +106,12 @@ def test_help_imports_nothing_heavy():
     reason="only glibc's allocator is set up",
 )
 def test_buffers_of_a_step_are_not_mapped_anew(monkeypatch):
-    """Neither with nor without huge pages; 256 MB are 128 or 65,536 of them."""
+    """Neither with nor without huge pages; 256 MB are 128 or 65,536 of them.
+
+    All 40 calls map them where they are given back. Where they are kept, the heap
+    grows a few times until it holds all that are in use at once: a thread that helped
+    may free its part when the next call has begun.
+    """
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     # An arena for every thread: JAX's own have none that could hold the buffers.
@@ -124,7 +129,7 @@ def test_buffers_of_a_step_are_not_mapped_anew(monkeypatch):
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    step(x).block_until_ready()\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "print(*[faults(jnp.ones((1024, 1024))) for _ in range(8)])\n"
+        "print(*[faults(jnp.ones((1024, 1024))) for _ in range(40)])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -134,4 +139,4 @@ def test_buffers_of_a_step_are_not_mapped_anew(monkeypatch):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert max(int(n) for n in done.stdout.split()[4:]) < 100, done.stdout
+    assert sum(int(n) >= 100 for n in done.stdout.split()) <= 10, done.stdout
