@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mljax import backend, evaluate, results, workdir
+from mljax import backend, evaluate, results, tables, workdir
 from mljax import config as configs
 from mljax.checkpoint import describe, find_best
 from mljax.data import DATASETS
@@ -53,7 +53,8 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
         if count := report.get("nan_images"):
             print(nan_note(count))
         if unreadable:
-            print(f"{len(unreadable)} images could not be read: see eval.json")
+            images = tables.count(len(unreadable), "image")
+            print(f"{images} could not be read: see eval.json")
     # After the table, which is not lost where nothing can be written.
     workdir.write_text(folder / "eval.json", json.dumps(found, indent=2) + "\n")
     if jax.process_index() == 0:

@@ -58,16 +58,18 @@ def run(args: argparse.Namespace) -> None:
             f"--output {folder}: {there[0].name} exists ({len(there)} of {len(files)} "
             "do); name another folder, or add --overwrite"
         )
+    from mljax import backend, heatmap_pictures, heatmaps
+
+    backend.set_up()
+    model = heatmaps.load(args.checkpoint)
+    # Says what is wrong with a label or the method before a folder is made.
+    model.heatmaps([], args.label, top=args.top, method=args.method)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--output {folder}: cannot be made ({error.strerror}); name another"
         ) from None
-    from mljax import backend, heatmap_pictures, heatmaps
-
-    backend.set_up()
-    model = heatmaps.load(args.checkpoint)
     unreadable = 0
     for start in range(0, len(paths), heatmaps.BATCH):
         part = slice(start, start + heatmaps.BATCH)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mljax import finetune, speed
+from mljax import finetune, speed, tables
 from mljax.data.source import Sources
 from mljax.early_stopping import Decision
 from mljax.errors import UserError
@@ -59,8 +59,9 @@ class Terminal:
             if source is not None:
                 per_image = (source.labels == 1).sum() / max(1, len(source))
                 self.say(
-                    f"{name + ':':<9}{len(source)} images, {len(source.class_names)} "
-                    f"classes, {per_image:.2f} labels an image"
+                    f"{name + ':':<9}{tables.count(len(source), 'image')}, "
+                    f"{len(source.class_names)} classes, {per_image:.2f} labels an "
+                    "image"
                 )
                 for note in source.notes:
                     self.say(f"{name + ':':<9}{note}")
@@ -92,8 +93,8 @@ class Terminal:
         rates = finetune.report(params, self.config.optim)
         if rates:
             self.say(rates)
-        steps = self.total_steps
-        self.say(f"plan:    {steps} steps, the best epoch chosen on {chosen_on}")
+        steps = tables.count(self.total_steps, "step")
+        self.say(f"plan:    {steps}, the best epoch chosen on {chosen_on}")
         if self.start:
             self.say(f"resumed at step {self.start}")
 
@@ -154,7 +155,8 @@ class Terminal:
         """Says how many images could not be read, where there are new ones."""
         if len(progress.unreadable) > self._unreadable:
             self._unreadable = len(progress.unreadable)
-            self.say(f"{self._unreadable} images could not be read: unreadable.txt")
+            images = tables.count(self._unreadable, "image")
+            self.say(f"{images} could not be read: unreadable.txt")
 
     def evaluation(self, row: Mapping[str, Any], decision: Decision) -> None:
         ema = "" if row["mAP_ema"] is None else f", ema {100 * row['mAP_ema']:.2f}"

@@ -235,3 +235,14 @@ def test_mutated_files_decode_or_are_errors():
                 assert decoded(bytes(changed)).shape[2] == 3
             except tf.errors.OpError as error:
                 assert re.search(r"\w", error.message)
+
+
+@pytest.mark.parametrize("how", ["alone", "in a dataset"])
+def test_the_reason_is_what_is_wrong_with_the_file(tmp_path, how):
+    path = str(tmp_path / "not there.jpg")
+    with pytest.raises(tf.errors.OpError) as error:
+        if how == "alone":
+            tf.io.read_file(path)
+        files = tf.data.Dataset.from_tensor_slices([path])
+        next(iter(files.map(tf.io.read_file)))
+    assert decode.reason(error.value) == f"{path}; No such file or directory"

@@ -270,8 +270,9 @@ def test_pictures_of_a_folder(workdir, tmp_path, capsys):
     ]
     bad = [("--label=cta", "did you mean"), ("--method=attention", "no attention")]
     for flag, words in [*bad, ("--top=0", "top = 0")]:
-        assert explain.main([*flags, "--overwrite", flag]) == 1
+        assert explain.main([*flags[:2], f"--output={tmp_path / 'new'}", flag]) == 1
         assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_map_lies_where_the_photo_was_seen():

@@ -63,7 +63,10 @@ def reason(error: tf.errors.OpError) -> str:
         return " ".join(asserted.group(1).split())
     graph = ("Graph execution error", "Detected at node", "File ")
     lines = (line.strip() for line in message.splitlines())
-    return " ".join(" ".join(x for x in lines if not x.startswith(graph)).split())
+    text = " ".join(" ".join(x for x in lines if not x.startswith(graph)).split())
+    # Where a dataset ran it, its words stand around those on the file.
+    text = re.sub(r"^Error in user-defined function .*? iterator: \S+: ", "", text)
+    return text.removesuffix(" name:")
 
 
 def exif_orientation(data: tf.Tensor) -> tf.Tensor:
