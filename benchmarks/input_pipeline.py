@@ -4,7 +4,9 @@ python benchmarks/input_pipeline.py --torch-python torch-env/bin/python \
     --grain-python grain-env/bin/python --output input.json
 
 All do the same with the same JPEG files: read, decode, take a random crop (0.35 to 1 of
-the area), resize it, flip half of them, batch, uint8. Each contestant is a process of
+the area), resize it, flip half of them, batch, uint8. Only "resized on the device" is
+the host's part alone where the last two are left to a GPU or TPU: it sends what it
+decoded and cropped on squares of 640 pixels. Each contestant is a process of
 its own on one core, which it keeps busy; the figure is the median of `--rounds` rounds,
 by the processor's time, so that other programs on the machine do not count. The torch
 environment needs torch, pillow and opencv-python-headless, the other one grain and
@@ -96,6 +98,8 @@ def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[floa
             batches = pipeline.train_batches(
                 source, data_config=config, batch_size=BATCH, seed=0
             )
+            if config.resize_on_device:
+                yield from (batch["image"] for batch in batches)
             # In training this is a part of the step.
             flip = jax.jit(lambda images, rng: augment.random_flip(images, rng, 0.5))
             for step, batch in enumerate(batches):
@@ -112,6 +116,7 @@ def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[floa
         "mljax, bilinear": ours(**plain),
         "mljax, bilinear, antialias (default)": ours(),
         "mljax, bilinear, RandAugment": ours(2, **plain),
+        "mljax, resized on the device": ours(resize_on_device=640, scaled_decode=1.0),
     }
     return {
         name: [rate(make(*case), rounds, seconds) for case in CASES]

@@ -222,6 +222,19 @@ def _validate_data(data: ConfigDict) -> None:
     for key in ("train", "val"):
         if data.name != "shapes" and not data[key]:
             raise UserError(f"config.data.{key} is empty: see configs/common.py")
+    canvas, size = data.resize_on_device, data.image_size
+    longest = max(size) if isinstance(size, tuple) else size
+    if 0 < canvas < longest:
+        raise UserError(
+            f"config.data.resize_on_device = {canvas}: must be 0 (resized on the host) "
+            f"or at least the {longest} pixels of config.data.image_size"
+        )
+    if canvas and data.randaugment.n:
+        raise UserError(
+            f"config.data.resize_on_device = {canvas}: does not go with "
+            f"config.data.randaugment.n = {data.randaugment.n}, which works on "
+            "resized pictures on the host; set one of the two to 0"
+        )
     table = data.table
     if bool(table.file) != bool(table.split):
         raise UserError(

@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
         lambda v: v == 0 or 1 <= v <= 100,
         "0, or 1 or more (up to 100)",
     ),
+    "data.resize_on_device": (lambda v: 0 <= v <= 4096, "0 to 4096 (pixels)"),
     "data.sampling": _one_of("uniform", "class_aware"),
     "data.crop_area": _POSITIVE_SHARE,
     "data.crop_ratio": (lambda v: 1 <= v < math.inf, "1 or more"),

@@ -94,9 +94,8 @@ class Search:
         bad = batch["index"][~batch["ok"]]
         names = self.made.sources.train.names
         self.unreadable.update(names[i] for i in bad)
-        arrays = {name: batch[name] for name in ("image", "labels")}
         rows = sharding.batch_sharding(self.made.run.mesh)
-        placed = sharding.global_batch(arrays, rows)
+        placed = sharding.global_batch(pipeline.for_step(batch), rows)
         return self.made.step_at(at)(state, placed, self.made.seed)
 
     def batches(self) -> Iterator[Any]:

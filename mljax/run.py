@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from mljax import (
     sharding,
     step,
 )
-from mljax.data import DATASETS, augment, pipeline
+from mljax.data import DATASETS, augment, device_resize, pipeline
 from mljax.data.source import Source, Sources
 from mljax.errors import UserError
 from mljax.label_graph_data import LabelGraph
@@ -167,6 +167,20 @@ def make_augment(config: ConfigDict) -> step.Augment:
         mixup_prob=data.mixup_prob,
         mixup_switch_prob=data.mixup_switch_prob,
     )
+
+
+def sized_batches(
+    config: ConfigDict,
+) -> Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]]:
+    """On the device: training batches -> with all pictures of the model's size."""
+    if not config.data.resize_on_device:
+        return lambda batch: batch
+    resize = device_resize.make_resize(config.data)
+
+    def sized(batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        return {**batch, "image": resize(batch["image"], batch["size"])}
+
+    return sized
 
 
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:

@@ -35,7 +35,15 @@ from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
 from mljax.errors import UserError
 from mljax.progress import Progress
-from mljax.run import Run, check_names, data_keys, make_augment, make_loss, make_run
+from mljax.run import (
+    Run,
+    check_names,
+    data_keys,
+    make_augment,
+    make_loss,
+    make_run,
+    sized_batches,
+)
 from mljax.terminal import Terminal
 
 
@@ -132,6 +140,8 @@ def setup(
         is_mean = config.loss.reduction == "mean"
         sam_groups = groups.over_devices(config.sam.groups, run.mesh, is_mean)
 
+    sized = sized_batches(config)
+
     def compiled(frozen: Any, full: bool) -> Any:
         make = partial(
             step.make_train_step,
@@ -156,7 +166,7 @@ def setup(
         )
 
         def train_step(state: Any, batch: Any, seed: jax.Array) -> Any:
-            return make(seed=seed)(state, batch)
+            return make(seed=seed)(state, sized(batch))
 
         return jax.jit(
             train_step,
@@ -327,8 +337,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             profiler.before(at)
             batch = next(batches)
             progress.see(batch, source.names, config.train.max_bad_steps)
-            arrays = {name: batch[name] for name in ("image", "labels")}
-            placed = sharding.global_batch(arrays, rows)
+            placed = sharding.global_batch(pipeline.for_step(batch), rows)
             program = made.step_at(at)
             state, metrics = program(state, placed, made.seed)
             terminal.speed.dispatched(metrics)

@@ -125,8 +125,9 @@ MAKERS = {
 
 def augmented(config: ConfigDict) -> ConfigDict:
     """With what draws random numbers on the host; RandAugment, which takes a second to
-    trace, for one source only."""
+    trace, for one source only. Two leave resizing to the device."""
     config.image_size = (24, 32)
     config.fit, config.crop_area, config.sampling = "crop", 0.3, "class_aware"
     config.randaugment.n = int(config.name == "annotations")
+    config.resize_on_device = 40 if config.name in ("coco", "shards") else 0
     return config

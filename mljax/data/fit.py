@@ -1,6 +1,7 @@
 """From a picture of any size to the size of the batch: crop, resize, grey bars.
 
-`mljax.images` does the same without TensorFlow, for prediction.
+`mljax.images` does the same without TensorFlow, for prediction, and `device_resize` the
+last part of it on the device.
 """
 
 import math
@@ -18,12 +19,15 @@ from mljax.images import GREY, sides_of
 NUM_DRAWS = 6  # random numbers that a picture takes in training
 
 # (index int64 scalar, the bytes of its file where the source has files, draws float32
-# [at least NUM_DRAWS]) -> uint8 [height, width, 3]
+# [at least NUM_DRAWS]) -> uint8 [height, width, 3] of the target's size; in training
+# with `resize_on_device` of any size up to that
 Prepare = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def make_prepare(source: Source, data_config: ConfigDict, train: bool) -> Prepare:
     """Decodes an image and brings it to `data_config.image_size`.
+
+    In training with `resize_on_device` only so far that it fits into the canvas.
 
     Args:
         train: crop at random, as `data_config` says, by draws of `shape_crops`.
@@ -32,6 +36,7 @@ def make_prepare(source: Source, data_config: ConfigDict, train: bool) -> Prepar
     cropped = train and data_config.crop_area < 1
     boxed = cropped or data_config.fit == "crop"
     partial = boxed or data_config.scaled_decode > 0
+    canvas = data_config.resize_on_device if train else 0
 
     def prepare(index: tf.Tensor, data: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
         def choose(size: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -49,6 +54,8 @@ def make_prepare(source: Source, data_config: ConfigDict, train: bool) -> Prepar
             image = decode_part(data, data_config.max_pixels, choose)
         else:
             image = decode(data, data_config.max_pixels)
+        if canvas:
+            return _within(image, canvas, data_config)
         return _fitted(image, target, data_config)
 
     return prepare
@@ -127,11 +134,38 @@ def _fitted(
 ) -> tf.Tensor:
     """`image` resized to the target, or into it with bars where the aspect is kept."""
     goal = tf.constant(target)
-    size = tf.shape(image)[:2]
     if data_config.fit == "letterbox":
-        other = size[::-1]
-        kept = (size * goal[::-1] + other // 2) // other
-        goal = tf.clip_by_value(kept, 1, goal)
+        goal = _inside(tf.shape(image)[:2], goal)
+    image = _resized(image, goal, data_config)
+    if data_config.fit == "letterbox":
+        bars = tf.constant(target) - goal
+        before = bars // 2
+        padding = tf.stack([before, bars - before], 1)
+        padding = tf.concat([padding, [[0, 0]]], 0)
+        image = tf.pad(image, padding, constant_values=tf.constant(GREY, tf.uint8))
+    return tf.ensure_shape(image, [*target, 3])
+
+
+def _within(image: tf.Tensor, longest: int, data_config: ConfigDict) -> tf.Tensor:
+    """`image` as it is, or made smaller so that no side is longer than that."""
+    size = tf.shape(image)[:2]
+    goal = tf.minimum(size, longest)
+    if data_config.fit == "letterbox":  # which the device does by the aspect it has
+        square = tf.constant([longest, longest])
+        goal = tf.where(tf.reduce_all(size <= longest), size, _inside(size, square))
+    return _resized(image, goal, data_config)
+
+
+def _inside(size: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """(height, width) of a picture made to fit into `target`, its aspect kept."""
+    other = size[::-1]
+    kept = (size * target[::-1] + other // 2) // other
+    return tf.clip_by_value(kept, 1, target)
+
+
+def _resized(image: tf.Tensor, goal: tf.Tensor, data_config: ConfigDict) -> tf.Tensor:
+    """uint8 [*goal, 3], by the method of `data_config`."""
+    size = tf.shape(image)[:2]
 
     def plain(method: str = "bilinear") -> tf.Tensor:
         # From float32 these kernels are twice as fast as from uint8; the one that
@@ -155,11 +189,4 @@ def _fitted(
         # much as decoding a small picture.
         return tf.cast(tf.round(resized), tf.uint8)
 
-    image = tf.cond(tf.reduce_all(size == goal), lambda: image, resize)
-    if data_config.fit == "letterbox":
-        bars = tf.constant(target) - goal
-        before = bars // 2
-        padding = tf.stack([before, bars - before], 1)
-        padding = tf.concat([padding, [[0, 0]]], 0)
-        image = tf.pad(image, padding, constant_values=tf.constant(GREY, tf.uint8))
-    return tf.ensure_shape(image, [*target, 3])
+    return tf.cond(tf.reduce_all(size == goal), lambda: image, resize)

@@ -61,6 +61,8 @@ def train_batches(
         An iterator of {"image": uint8 [b, height, width, 3], "labels": int8
         [b, num_classes], "index": int64 [b] (row of the source), "ok": bool [b]}. With
         on_error "skip" an unreadable image has a black picture, labels -1, ok False.
+        With resize_on_device the pictures are [b, canvas, canvas, 3], and "size" int32
+        [b, 2] is the height and width of what lies in the upper left corner of each.
 
     Raises:
         UserError: there are fewer images than batch_size; and, from the iterator with
@@ -112,6 +114,11 @@ def eval_batches(
         yield batch | {"mask": batch["index"] != _PADDING}
 
 
+def for_step(batch: Batch) -> Batch:
+    """What the training step takes of a batch."""
+    return {name: batch[name] for name in ("image", "size", "labels") if name in batch}
+
+
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Whole batches in an epoch. Raises UserError where there is none."""
     if num_images < batch_size:
@@ -159,12 +166,12 @@ def _stream(
     while stop is None or step < stop:
         images = _images(load, readable_rows, step, stop, data_config)
         try:
-            for image in images:
-                yield _batch(source, image, rows(step).images, unreadable)
+            for pictures in images:
+                yield _batch(source, pictures, rows(step).images, unreadable)
                 step += 1
         except tf.errors.OpError:
             index = rows(step).images
-            image, reasons = _one_by_one(load, readable_rows(step))
+            pictures, reasons = _one_by_one(load, readable_rows(step))
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
                 raise UserError(
@@ -172,34 +179,36 @@ def _stream(
                     "take it off the list or set data.on_error=skip"
                 ) from None
             unreadable.update(reasons)
-            yield _batch(source, image, index, unreadable)
+            yield _batch(source, pictures, index, unreadable)
             step += 1
 
 
 def _batch(
-    source: Source, image: np.ndarray, index: np.ndarray, unreadable: set[int]
+    source: Source, pictures: Batch, index: np.ndarray, unreadable: set[int]
 ) -> Batch:
     ok = ~np.isin(index, list(unreadable))
     is_known = ok & (index != _PADDING)
     labels = np.where(is_known[:, None], source.labels[index], np.int8(-1))
-    return {"image": image, "labels": labels, "index": index, "ok": ok}
+    return {**pictures, "labels": labels, "index": index, "ok": ok}
 
 
 class _Loader(NamedTuple):
     """The two halves of reading an image, so that more files than CPUs can be waited
     for: (index) -> its bytes, or none where the source has no files; (index, bytes,
-    draws) -> uint8 [height, width, 3]."""
+    draws) -> "image", uint8 [height, width, 3], and with a canvas "size", int32 [2]."""
 
     fetch: Callable[[tf.Tensor], tf.Tensor]
-    prepare: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+    prepare: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
 
-    def __call__(self, index: int, draws: np.ndarray) -> np.ndarray:
-        return self.prepare(index, self.fetch(index), draws).numpy()
+    def __call__(self, index: int, draws: np.ndarray) -> Batch:
+        found = self.prepare(index, self.fetch(index), draws)
+        return {name: value.numpy() for name, value in found.items()}
 
 
 def _loader(source: Source, data_config: ConfigDict, train: bool) -> _Loader:
     """A padded row is black."""
     black = np.zeros((*sides_of(data_config), 3), np.uint8)
+    canvas = data_config.resize_on_device if train else 0
     ops = data_config.randaugment
     prepare = fit.make_prepare(source, data_config, train)
     index_spec = tf.TensorSpec([], tf.int64)
@@ -220,11 +229,18 @@ def _loader(source: Source, data_config: ConfigDict, train: bool) -> _Loader:
         return randaugment.randaugment(image, draws, n=ops.n, m=ops.m, prob=ops.prob)
 
     @tf.function(autograph=False, input_signature=signature)
-    def load(index: tf.Tensor, data: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+    def load(
+        index: tf.Tensor, data: tf.Tensor, draws: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
         image = tf.cond(
             index == _PADDING, lambda: black, lambda: picture(index, data, draws)
         )
-        return tf.ensure_shape(image, black.shape)
+        if not canvas:
+            return {"image": tf.ensure_shape(image, black.shape)}
+        shape = tf.shape(image)
+        rest = tf.stack([tf.zeros(3, tf.int32), [canvas, canvas, 3] - shape], 1)
+        whole = tf.ensure_shape(tf.pad(image, rest), [canvas, canvas, 3])
+        return {"image": whole, "size": shape[:2]}
 
     return _Loader(fetch, load)
 
@@ -235,8 +251,8 @@ def _images(
     start: int,
     stop: int | None,
     data_config: ConfigDict,
-) -> Iterator[np.ndarray]:
-    """The pictures of each step from `start` on, uint8 [b, height, width, 3]."""
+) -> Iterator[Batch]:
+    """What `load` gives, for all rows of each step from `start` on."""
     first = rows(start)
     batch_size, num_draws = first.draws.shape
     threads = num_cpus()
@@ -272,16 +288,17 @@ def _images(
     )
 
 
-def _one_by_one(load: _Loader, rows: Rows) -> tuple[np.ndarray, dict[int, str]]:
+def _one_by_one(load: _Loader, rows: Rows) -> tuple[Batch, dict[int, str]]:
     """The pictures of a step, black where unreadable, and {index: reason} of those."""
-    images, reasons = [], {}
+    pictures, reasons = [], {}
     for i, draws in zip(*rows, strict=True):
         try:
-            image = load(i, draws)
+            picture = load(i, draws)
         except tf.errors.OpError as error:
-            image, reasons[int(i)] = load(_PADDING, draws), decode.reason(error)
-        images.append(image)
-    return np.stack(images), reasons
+            picture, reasons[int(i)] = load(_PADDING, draws), decode.reason(error)
+        pictures.append(picture)
+    names = pictures[0]
+    return {name: np.stack([p[name] for p in pictures]) for name in names}, reasons
 
 
 def num_cpus() -> int:
