@@ -62,14 +62,6 @@ def run(args: argparse.Namespace) -> None:
 
     backend.set_up()
     model = heatmaps.load(args.checkpoint)
-    # Says what is wrong with a label or the method before a folder is made.
-    model.heatmaps([], args.label, top=args.top, method=args.method)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {folder}: cannot be made ({error.strerror}); name another"
-        ) from None
     unreadable = 0
     for start in range(0, len(paths), heatmaps.BATCH):
         part = slice(start, start + heatmaps.BATCH)
@@ -83,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         found = model.heatmaps(
             list(photos.values()), args.label, top=args.top, method=args.method
         )
+        _make(folder)  # not before it is known that label and method are right
         for (file, photo), maps in zip(photos.items(), found, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             heatmap_pictures.draw(file, photo, maps)
@@ -90,6 +83,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"{done}, {unreadable} could not be read: {folder}")
     if unreadable == len(paths):
         raise UserError(f"--images {args.images}: none of the images could be read")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}: cannot be made ({error.strerror}); name another"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -113,8 +113,6 @@ class Explainer:
         from PIL import Image
 
         columns = self._columns(labels, top)
-        if method not in self._programs:
-            self._programs[method] = self._program(method)
         single = getattr(images, "ndim", 0) in (2, 3)  # an array of whatever library
         if single or isinstance(images, str | Path | Image.Image):
             images = [images]
@@ -146,6 +144,8 @@ class Explainer:
         batch = np.zeros((count, *images.sides_of(data), 3), np.uint8)
         for i, image in enumerate(given):  # a file as `predict` reads it
             batch[i] = images.load(image, data)
+        if method not in self._programs:
+            self._programs[method] = self._program(method)
         p, chosen, maps = self._programs[method](self._weights, batch, columns)
         p, chosen, maps = np.asarray(p), np.asarray(chosen), np.asarray(maps)
         for i, photo in enumerate(photos):

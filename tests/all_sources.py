@@ -129,5 +129,5 @@ def augmented(config: ConfigDict) -> ConfigDict:
     config.image_size = (24, 32)
     config.fit, config.crop_area, config.sampling = "crop", 0.3, "class_aware"
     config.randaugment.n = int(config.name == "annotations")
-    config.resize_on_device = 40 if config.name in ("coco", "shards") else 0
+    config.resize_on_device = 40 if config.name in ("coco", "table") else 0
     return config
