@@ -4,9 +4,9 @@ python benchmarks/input_pipeline.py --torch-python torch-env/bin/python \
     --grain-python grain-env/bin/python --output input.json
 
 All do the same with the same JPEG files: read, decode, take a random crop (0.35 to 1 of
-the area), resize it, flip half of them, batch, uint8. Only "resized on the device" is
-the host's part alone where the last two are left to a GPU or TPU: it sends what it
-decoded and cropped on squares of 640 pixels. Each contestant is a process of
+the area), resize it, flip half of them, batch, uint8. With "resized on the device" a GPU
+or TPU resizes and flips, and the figure is that of the rest: what was decoded and
+cropped is sent on squares with the photo's longer side. Each contestant is a process of
 its own on one core, which it keeps busy; the figure is the median of `--rounds` rounds,
 by the processor's time, so that other programs on the machine do not count. The torch
 environment needs torch, pillow and opencv-python-headless, the other one grain and
@@ -83,12 +83,14 @@ def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[floa
         for image in images.prefetch(BATCH).with_options(options).as_numpy_iterator():
             yield image[None]
 
-    def ours(operations: int = 0, **settings):
+    def ours(operations: int = 0, on_device: bool = False, **settings):
         def batches(size: str, target: int):
             config = common().data
             config.image_size, config.crop_area = target, 0.35
             config.randaugment.n = operations
             config.update(settings)
+            if on_device:
+                config.resize_on_device = max(JPEGS[size])
             names = sorted(p.name for p in (folder / size).iterdir())
             listed = {"classes": ["a"], "images": [[n, ["a"]] for n in names]}
             file = folder / size / "train.json"
@@ -98,7 +100,7 @@ def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[floa
             batches = pipeline.train_batches(
                 source, data_config=config, batch_size=BATCH, seed=0
             )
-            if config.resize_on_device:
+            if on_device:
                 yield from (batch["image"] for batch in batches)
             # In training this is a part of the step.
             flip = jax.jit(lambda images, rng: augment.random_flip(images, rng, 0.5))
@@ -116,7 +118,7 @@ def tensorflow(folder: Path, rounds: int, seconds: float) -> dict[str, list[floa
         "mljax, bilinear": ours(**plain),
         "mljax, bilinear, antialias (default)": ours(),
         "mljax, bilinear, RandAugment": ours(2, **plain),
-        "mljax, resized on the device": ours(resize_on_device=640, scaled_decode=1.0),
+        "mljax, resized on the device": ours(on_device=True),
     }
     return {
         name: [rate(make(*case), rounds, seconds) for case in CASES]

@@ -171,7 +171,7 @@ def _stream(
                 step += 1
         except tf.errors.OpError:
             index = rows(step).images
-            pictures, reasons = _one_by_one(load, readable_rows(step))
+            pictures, reasons = _one_by_one(load, readable_rows(step), data_config)
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
                 raise UserError(
@@ -195,7 +195,8 @@ def _batch(
 class _Loader(NamedTuple):
     """The two halves of reading an image, so that more files than CPUs can be waited
     for: (index) -> its bytes, or none where the source has no files; (index, bytes,
-    draws) -> "image", uint8 [height, width, 3], and with a canvas "size", int32 [2]."""
+    draws) -> "image", uint8 [height, width, 3]; with a canvas, where pictures have
+    sizes of their own, also "size", int32 [2]."""
 
     fetch: Callable[[tf.Tensor], tf.Tensor]
     prepare: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
@@ -237,10 +238,7 @@ def _loader(source: Source, data_config: ConfigDict, train: bool) -> _Loader:
         )
         if not canvas:
             return {"image": tf.ensure_shape(image, black.shape)}
-        shape = tf.shape(image)
-        rest = tf.stack([tf.zeros(3, tf.int32), [canvas, canvas, 3] - shape], 1)
-        whole = tf.ensure_shape(tf.pad(image, rest), [canvas, canvas, 3])
-        return {"image": whole, "size": shape[:2]}
+        return {"image": image, "size": tf.shape(image)[:2]}
 
     return _Loader(fetch, load)
 
@@ -282,13 +280,21 @@ def _images(
             lambda index, draws: load.prepare(index, load.fetch(index), draws),
             num_parallel_calls=threads,
         )
-    images = images.batch(batch_size, drop_remainder=True)
+    if "size" in images.element_spec:
+        # An eighth of the time of tf.pad, which writes pixel by pixel.
+        canvas = data_config.resize_on_device
+        sides = {"image": [canvas, canvas, 3], "size": [2]}
+        images = images.padded_batch(batch_size, sides, drop_remainder=True)
+    else:
+        images = images.batch(batch_size, drop_remainder=True)
     return (
         images.prefetch(data_config.prefetch).with_options(options).as_numpy_iterator()
     )
 
 
-def _one_by_one(load: _Loader, rows: Rows) -> tuple[Batch, dict[int, str]]:
+def _one_by_one(
+    load: _Loader, rows: Rows, data_config: ConfigDict
+) -> tuple[Batch, dict[int, str]]:
     """The pictures of a step, black where unreadable, and {index: reason} of those."""
     pictures, reasons = [], {}
     for i, draws in zip(*rows, strict=True):
@@ -296,6 +302,10 @@ def _one_by_one(load: _Loader, rows: Rows) -> tuple[Batch, dict[int, str]]:
             picture = load(i, draws)
         except tf.errors.OpError as error:
             picture, reasons[int(i)] = load(_PADDING, draws), decode.reason(error)
+        if "size" in picture:
+            rest = data_config.resize_on_device - picture["size"]
+            sides = [(0, rest[0]), (0, rest[1]), (0, 0)]
+            picture["image"] = np.pad(picture["image"], sides)
         pictures.append(picture)
     names = pictures[0]
     return {name: np.stack([p[name] for p in pictures]) for name in names}, reasons
