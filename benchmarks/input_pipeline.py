@@ -4,9 +4,9 @@ python benchmarks/input_pipeline.py --torch-python torch-env/bin/python \
     --grain-python grain-env/bin/python --output input.json
 
 All do the same with the same JPEG files: read, decode, take a random crop (0.35 to 1 of
-the area), resize it, flip half of them, batch, uint8. With "resized on the device" a GPU
-or TPU resizes and flips, and the figure is that of the rest: what was decoded and
-cropped is sent on squares with the photo's longer side. Each contestant is a process of
+the area), resize it, flip half of them, batch, uint8. "Resized on the device", a GPU or
+TPU resizes and flips, and the figure is that of the rest: what was decoded and cropped
+is sent on squares with the photo's longer side. Each contestant is a process of
 its own on one core, which it keeps busy; the figure is the median of `--rounds` rounds,
 by the processor's time, so that other programs on the machine do not count. The torch
 environment needs torch, pillow and opencv-python-headless, the other one grain and

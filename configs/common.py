@@ -76,10 +76,10 @@ def get_config(arg: str = "") -> ConfigDict:
     # A big JPEG is decoded at 1/2, 1/4 or 1/8 of its size (which costs less), as long
     # as both sides stay so many times what is needed; 0 = always whole.
     data.scaled_decode = 2.0
-    # Training pictures are resized on the GPU or TPU: they are sent as they were decoded
-    # and cropped, on a square of so many pixels a side (640 for photos of 640 x 480),
-    # into which the host only brings larger ones. Where the CPUs are too slow for the
-    # accelerators; slower where there is none. 0 = on the host.
+    # Training pictures are resized on the GPU or TPU: sent as they were decoded and
+    # cropped, on a square of so many pixels a side (640 for photos of 640 x 480), to
+    # which the host only shrinks larger ones. For CPUs that are too slow for the
+    # accelerators; slower where there are none. 0 = on the host.
     data.resize_on_device = 0
     # Order of the training images: uniform (each once an epoch) | class_aware (each
     # label equally often: one of its images).
