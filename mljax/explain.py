@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         found = model.heatmaps(
             list(photos.values()), args.label, top=args.top, method=args.method
         )
-        _make(folder)  # not before it is known that label and method are right
+        if photos:  # and label and method are known to be right
+            _make(folder)
         for (file, photo), maps in zip(photos.items(), found, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             heatmap_pictures.draw(file, photo, maps)
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _make(folder: Path) -> None:
+    """Raises UserError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

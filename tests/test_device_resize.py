@@ -22,7 +22,7 @@ SIZES = [(20, 31), (48, 64), (90, 60), (96, 96), (64, 30), (13, 96)]
 FITS = ["stretch", "letterbox", "crop"]
 
 
-def photos(root, sizes, classes=("a",)):
+def photos(root, sizes):
     rng = np.random.default_rng(0)
     entries = []
     for i, (height, width) in enumerate(sizes):
@@ -30,15 +30,15 @@ def photos(root, sizes, classes=("a",)):
         pixels = small.resize((width, height), Image.Resampling.BICUBIC)
         (root / f"{i}.png").write_bytes(encode(pixels, "PNG"))
         entries.append([f"{i}.png", ["a"]])
-    write_json(root / "train.json", list(classes), entries)
+    write_json(root / "train.json", ["a"], entries)
     return root
 
 
-def batches(config, count, **options):
+def batches(config, count):
     file = f"{config.root}/train.json"
     source = annotations.read(file, "train", config.max_pixels)
     stream = pipeline.train_batches(
-        source, data_config=config, batch_size=len(source), seed=0, **options
+        source, data_config=config, batch_size=len(source), seed=0
     )
     return list(itertools.islice(stream, count))
 

@@ -20,7 +20,7 @@ NUM_DRAWS = 6  # random numbers that a picture takes in training
 
 # (index int64 scalar, the bytes of its file where the source has files, draws float32
 # [at least NUM_DRAWS]) -> uint8 [height, width, 3] of the target's size; in training
-# with `resize_on_device` of any size up to that
+# with `resize_on_device` of any size that fits on the canvas
 Prepare = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
 
