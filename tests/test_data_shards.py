@@ -91,6 +91,8 @@ def test_a_finished_folder_is_left_alone(made, capsys):
     assert "other images, labels or sizes" in capsys.readouterr().err
     assert write_shards(files, files) == 1
     assert "is not empty" in capsys.readouterr().err
+    assert write_shards(files, files / "train.json") == 1
+    assert "train.json: is a file; name a new folder" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in root.iterdir()} == before
 
 
@@ -111,17 +113,38 @@ def test_other_embeddings_replace_the_old_ones(made, tmp_path, capsys):
     assert changed == {"embeddings.npy"}
 
 
-def test_a_lost_shard_is_written_again(made, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "keep", "message"),
+    [
+        ("train-00001-*.tfrecord", None, "is missing"),
+        ("train-00001-*.tfrecord", 300, "has 300 bytes of "),
+        ("val-00000-*.tfrecord", 0, "has 0 bytes of "),
+        ("train.npz", None, "cannot be read"),
+        ("train.npz", 0, "cannot be read"),
+        ("val.npz", 100, "cannot be read"),
+        ("dataset.json", 0, "cannot be read"),
+        ("embeddings.npy", 10, None),
+        ("val-00000-*.tfrecord.json", 10, None),
+    ],
+)
+def test_what_was_lost_is_written_again(made, tmp_path, capsys, name, keep, message):
     files, root = made[1] / "files", tmp_path / "shards"
     shutil.copytree(made[1] / "shards", root)
-    lost = next(root.glob("train-00001-*.tfrecord"))
-    whole = lost.read_bytes()
-    lost.unlink()
+    before = {p: p.read_bytes() for p in root.iterdir()}
+    lost = next(root.glob(name))
+    if keep is None:
+        lost.unlink()
+    else:
+        lost.write_bytes(before[lost][:keep])
     config = data_config(root, name="shards")
-    with pytest.raises(UserError, match="is missing .*same command of mljax.data.sha"):
-        DATASETS["shards"](config, 0)
+    if message:
+        advice = "copy it again, or give the same command of mljax.data.shard again"
+        with pytest.raises(UserError, match=f"{lost.name}: {message}.*; {advice}"):
+            DATASETS["shards"](config, 0)
     assert write_shards(files, root) == 0
-    assert lost.read_bytes() == whole
+    assert "complete already" not in capsys.readouterr().out or not message
+    assert {p: p.read_bytes() for p in root.iterdir()} == before
+    assert DATASETS["shards"](config, 0).train.names
 
 
 def test_objects_and_notes_go_along(tmp_path, monkeypatch):
@@ -241,7 +264,9 @@ def test_pictures_that_are_drawn_are_stored_without_loss(tmp_path):
         (lambda root: [p.unlink() for p in root.iterdir()], "holds no dataset.json"),
         (lambda root: next(root.glob("val*.tfrecord")).unlink(), "is missing"),
         (lambda root: (root / "dataset.json").write_text("{"), "cannot be read"),
+        (lambda root: (root / "dataset.json").write_text("[]"), "not what was written"),
         (lambda root: (root / "dataset.json").write_text('{"format": 9}'), "format 9"),
+        (lambda root: (root / "dataset.json").write_text('{"format": 1}'), "not what"),
     ],
 )
 def test_errors_name_what_is_wrong(made, tmp_path, change, message):

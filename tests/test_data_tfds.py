@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -142,7 +144,8 @@ def test_errors_are_one_line(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_prepared_data_set(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record"])
+def test_a_prepared_data_set(tmp_path, monkeypatch, kind):
     images = np.stack([blocks(i) for i in range(5)])
     labels = [[0, 2], [1], [1, 1], [2], [0]]
 
@@ -171,6 +174,7 @@ def test_a_prepared_data_set(tmp_path, monkeypatch):
             }
         ),
         disable_shuffling=True,
+        file_format=kind,
     )
     config = config_of(tmp_path, "mine")
     sources = rooms.load(config)
@@ -188,12 +192,30 @@ def test_a_prepared_data_set(tmp_path, monkeypatch):
         np.testing.assert_array_equal(sources["train"].read(index), image)
     np.testing.assert_array_equal(sources["val"].read(0), images[4])
     assert len(sources["val"]) == 1 and len(set(sources["train"].content())) == 3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rooms.tfds_files, "parts", lambda *_: None)
-        with pytest.raises(UserError, match="mine: the images do not fit in a third"):
-            rooms.load(config)
+    batch = next(
+        pipeline.train_batches(
+            sources["train"], data_config=config, batch_size=3, seed=0
+        )
+    )
+    assert batch["ok"].all()
+    if kind == "tfrecord":  # the others TensorFlow cannot read at all
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rooms.tfds_files, "stored", lambda *_: None)
+            with pytest.raises(UserError, match="mine: the images do not fit in a "):
+                rooms.load(config)
     config.val = "validation"
     with pytest.raises(UserError, match="data.val='validation' is not one of its"):
+        rooms.load(config)
+
+    config.val = "test"
+    file = next(tmp_path.glob(f"mine/1.0.0/*test.{kind}*"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200])
+    with pytest.raises(UserError, match="mine.*cannot be read .*copy it again") as cut:
+        rooms.load(config)
+    assert not re.search(r"\n|\{\{|\[Op", str(cut.value))
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name}: is missing; copy it there"):
         rooms.load(config)
 
 

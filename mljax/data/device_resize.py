@@ -22,7 +22,8 @@ Resize = Callable[[jax.Array, jax.Array], jax.Array]
 def make_resize(data_config: ConfigDict) -> Resize:
     """To `data_config.image_size`, by `resize`, `antialias` and `fit` as on the host.
 
-    The pixels are those of `mljax.images.resize` up to rounding.
+    The pixels are those of `mljax.images.resize` up to rounding; not those of pictures
+    that are larger than the canvas, which are resized twice.
     """
     target = sides_of(data_config)
     letterbox = data_config.fit == "letterbox"

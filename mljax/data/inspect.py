@@ -207,9 +207,11 @@ def _draw(
         label_graph_data.cooccurrence(train.labels),
         tau=0.4,
     )
+    sheet = folder / "contact_sheet.png"
+    sheet.unlink(missing_ok=True)  # of an earlier report
     if picked:
         pictures.contact_sheet(
-            folder / "contact_sheet.png",
+            sheet,
             [picture for _, picture in picked],
             train.labels[[row for row, _ in picked]],
             train.class_names,

@@ -53,15 +53,27 @@ def run(args: argparse.Namespace) -> None:
     # Imported late: TensorFlow takes seconds, and a typing mistake is answered at once.
     from mljax.data import shards
 
+    root = args.output
     sources = _load(config)
     graph = _graph(config, sources["train"])
     plan = _plan(sources, args.images_per_shard)
-    _open(args.output, plan)
-    lost = _lost(args.output, plan)
-    _write_graph(args.output, graph)
-    if shards.read_json(args.output, shards.ABOUT) is not None and not lost:
+    about = {
+        "format": shards.FORMAT,
+        "class_names": sources["train"].class_names,
+        "splits": plan["splits"],
+    }
+    _open(root, plan)
+    lost = _lost(root, plan)
+    _write_graph(root, graph)
+    if not lost and _content(root, shards.ABOUT) == _json(shards.ABOUT, about):
+        written = [
+            _write_table(root, split, source, plan["splits"][split])
+            for split, source in sources.items()
+        ]
         print(
-            f"{args.output}: is complete already (photos that changed under their old "
+            f"{root}: tables were not as they should be and are written again"
+            if any(written)
+            else f"{root}: is complete already (photos that changed under their old "
             "names are not read again: name a new folder for that)"
         )
         return
@@ -71,17 +83,16 @@ def run(args: argparse.Namespace) -> None:
         for number, name in enumerate(names):
             first = number * args.images_per_shard
             rows = range(first, min(first + args.images_per_shard, len(source)))
-            if name in lost or not shards.read_json(args.output, f"{name}.json"):
-                _write_shard(args.output, name, source, rows, config, unreadable)
+            if name in lost:
+                _write_shard(root, name, source, rows, config, unreadable)
             _progress(f"{split} {number + 1}/{len(names)}", number + 1 == len(names))
-        _write_table(args.output, split, source, names)
-    about = {"class_names": sources["train"].class_names, "splits": plan["splits"]}
-    _write_json(args.output, shards.ABOUT, {"format": shards.FORMAT, **about})
+        _write_table(root, split, source, names)
+    _write(root, shards.ABOUT, _json(shards.ABOUT, about))
     for split, source in sources.items():
         print(f"{split}: {len(source)} images in {len(plan['splits'][split])} shards")
     if unreadable:
         print(f"{len(unreadable)} cannot be read and stay so: {unreadable[0]} ...")
-    print(f"use them: --config.data.name=shards --config.data.root={args.output}")
+    print(f"use them: --config.data.name=shards --config.data.root={root}")
 
 
 def _load(config: ConfigDict) -> dict[str, "Source"]:
@@ -115,7 +126,7 @@ def _open(root: str, plan: dict[str, Any]) -> None:
 
     from mljax.data import shards
 
-    found = shards.read_json(root, shards.PLAN)
+    found = shards.read_json(root, shards.PLAN, "name another folder")
     if found == plan:
         return
     if found is not None:
@@ -123,22 +134,33 @@ def _open(root: str, plan: dict[str, Any]) -> None:
             f"--output {root}: holds shards of other images, labels or sizes; name "
             "another folder"
         )
-    if tf.io.gfile.exists(root) and tf.io.gfile.listdir(root):
-        raise UserError(f"--output {root}: is not empty; name a new or empty folder")
     try:
+        if tf.io.gfile.exists(root):
+            if not tf.io.gfile.isdir(root):
+                raise UserError(f"--output {root}: is a file; name a new folder")
+            if tf.io.gfile.listdir(root):
+                raise UserError(
+                    f"--output {root}: is not empty; name a new or empty folder"
+                )
         tf.io.gfile.makedirs(root)
-        _write_json(root, shards.PLAN, plan)
+        _write(root, shards.PLAN, _json(shards.PLAN, plan))
     except tf.errors.OpError as error:
         raise UserError(f"--output {root}: {error.message}") from None
 
 
 def _lost(root: str, plan: dict[str, Any]) -> set[str]:
-    """The shards that were finished and are not there any more."""
-    import tensorflow as tf
+    """The shards that are not finished, not there any more, or cut off."""
+    from mljax.data import shards
 
-    present = set(tf.io.gfile.listdir(root))
-    names = {name for names in plan["splits"].values() for name in names}
-    return {name for name in names - present if f"{name}.json" in present}
+    sizes = {}
+    for name in (name for names in plan["splits"].values() for name in names):
+        try:
+            about = shards.read_json(root, f"{name}.json")
+            last = about["start"][-1] + about["length"][-1]
+            sizes[name] = last + shards.RECORD_OVERHEAD
+        except (UserError, TypeError, KeyError):  # damaged, or not there
+            sizes[name] = -1  # as long as no file
+    return set(shards.incomplete(root, sizes))
 
 
 def _write_shard(
@@ -169,9 +191,8 @@ def _write_shard(
             keys.append(hashlib.sha256(key).hexdigest())
             at += len(record) + shards.RECORD_OVERHEAD
     tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
-    _write_json(
-        root, f"{name}.json", {"start": starts, "length": lengths, "content": keys}
-    )
+    about = {"start": starts, "length": lengths, "content": keys}
+    _write(root, f"{name}.json", _json(name, about))
 
 
 def _read(
@@ -227,8 +248,12 @@ def _example(source: "Source", row: int, data: bytes) -> bytes:
     return tf.train.Example(features=features).SerializeToString()
 
 
-def _write_table(root: str, split: str, source: "Source", names: list[str]) -> None:
-    """SPLIT.npz: what is known of each image, and where it is."""
+def _write_table(root: str, split: str, source: "Source", names: list[str]) -> bool:
+    """SPLIT.npz: what is known of each image, and where it is.
+
+    Returns:
+        False where it is there already.
+    """
     from mljax.data import shards
 
     parts = [shards.read_json(root, f"{name}.json") for name in names]
@@ -247,7 +272,7 @@ def _write_table(root: str, split: str, source: "Source", names: list[str]) -> N
         table["objects"] = source.objects
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **table)
-    _write(root, f"{split}.npz", buffer.getvalue())
+    return _write(root, f"{split}.npz", buffer.getvalue())
 
 
 def _graph(config: ConfigDict, train: "Source") -> "LabelGraph":
@@ -266,36 +291,42 @@ def _graph(config: ConfigDict, train: "Source") -> "LabelGraph":
 def _write_graph(root: str, graph: "LabelGraph") -> None:
     """cooccurrence.npy and embeddings.npy, for model.graph.adjacency and .embeddings;
     another graph than that of the last start replaces it."""
-    import tensorflow as tf
-
-    from mljax.data import shards
-
     for what in ("cooccurrence", "embeddings"):
         buffer = io.BytesIO()
         np.save(buffer, getattr(graph, what))
-        content, path = buffer.getvalue(), shards.join(root, f"{what}.npy")
-        if tf.io.gfile.exists(path):
-            with tf.io.gfile.GFile(path, "rb") as file:
-                if file.read() == content:
-                    continue
-        _write(root, f"{what}.npy", content)
+        _write(root, f"{what}.npy", buffer.getvalue())
 
 
-def _write_json(root: str, name: str, content: Any) -> None:
-    text = json.dumps(content, indent=None if "tfrecord" in name else 2)
-    _write(root, name, text.encode())
+def _json(name: str, content: Any) -> bytes:
+    return json.dumps(content, indent=None if "tfrecord" in name else 2).encode()
 
 
-def _write(root: str, name: str, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+def _content(root: str, name: str) -> bytes | None:
+    """The bytes of a file; None where there is none."""
     import tensorflow as tf
 
     from mljax.data import shards
 
+    path = shards.join(root, name)
+    if not tf.io.gfile.exists(path):
+        return None
+    with tf.io.gfile.GFile(path, "rb") as file:
+        return file.read()
+
+
+def _write(root: str, name: str, content: bytes) -> bool:
+    """Writes a file whole or not at all; False where it holds that already."""
+    import tensorflow as tf
+
+    from mljax.data import shards
+
+    if _content(root, name) == content:
+        return False
     part = shards.join(root, f"{name}.part")
     with tf.io.gfile.GFile(part, "wb") as file:
         file.write(content)
     tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
+    return True
 
 
 def _progress(text: str, last: bool) -> None:

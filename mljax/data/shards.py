@@ -20,7 +20,11 @@ wait at once: data.parallel_reads=64.
 
 import io
 import json
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import tensorflow as tf
@@ -34,13 +38,17 @@ ABOUT = "dataset.json"  # written last: a folder without it is not finished
 PLAN = "plan.json"  # written first
 FORMAT = 1
 SPLITS = ("train", "val")
+_AGAIN = "copy it again, or give the same command of mljax.data.shard again"
+# What numpy raises for an archive that is cut off, broken or another.
+_DAMAGED = (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error)
+_REQUESTS = 32  # at once, to an object store
 RECORD_OVERHEAD = 16  # bytes around a record: its length, and two checksums
 
 
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     """The splits of the folder data.root.
 
-    Raises UserError where it is not finished, incomplete or of a newer version.
+    Raises UserError where it is not finished, damaged or of a newer version.
     """
     del seed
     root = data_config.root
@@ -55,26 +63,74 @@ def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
             f"data.root={root}: holds no {ABOUT}; `python -m mljax.data.shard` "
             "writes it"
         )
-    if about.get("format") != FORMAT:
+    about = about if isinstance(about, dict) else {}
+    if about.get("format", FORMAT) != FORMAT:
         raise UserError(
-            f"data.root={root}: is of format {about.get('format')}, this version of "
+            f"data.root={root}: is of format {about['format']}, this version of "
             f"mljax reads {FORMAT}"
         )
-    present = set(tf.io.gfile.listdir(root))
-    missing = [f for s in SPLITS for f in about["splits"][s] if f not in present]
-    if missing:
+    if not {"format", "class_names", "splits"} <= about.keys():
+        raise UserError(f"{join(root, ABOUT)}: is not what was written; {_AGAIN}")
+    tables = {split: _table(root, about, split) for split in SPLITS}
+    sizes: dict[str, int] = {}
+    for split, table in tables.items():
+        ends = np.zeros(len(about["splits"][split]), np.int64)
+        last = table["start"] + table["length"] + RECORD_OVERHEAD
+        np.maximum.at(ends, table["shard"], last)
+        sizes |= zip(about["splits"][split], ends.tolist(), strict=True)
+    lost = incomplete(root, sizes)
+    if lost:
+        name, size = next(iter(lost.items()))
+        what = "is missing" if size is None else f"has {size} bytes of {sizes[name]}"
+        more = f" ({len(lost)} shards are like that)" if len(lost) > 1 else ""
+        raise UserError(f"{join(root, name)}: {what}{more}; {_AGAIN}")
+    return {
+        split: _source(root, about, split, tables[split], data_config)
+        for split in SPLITS
+    }
+
+
+def incomplete(root: str, sizes: Mapping[str, int]) -> dict[str, int | None]:
+    """Those files of `sizes` (name -> bytes) that are not as long, and the bytes that
+    they have; None where there is no such file."""
+
+    def size(name: str) -> int | None:
+        try:
+            return tf.io.gfile.stat(join(root, name)).length
+        except tf.errors.NotFoundError:
+            return None
+        except tf.errors.OpError as error:
+            raise UserError(f"{join(root, name)}: {first_line(error)}") from None
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        found = zip(sizes, pool.map(size, sizes), strict=True)
+        return {name: length for name, length in found if length != sizes[name]}
+
+
+def _table(root: str, about: dict[str, Any], split: str) -> dict[str, np.ndarray]:
+    """SPLIT.npz. Raises UserError where it does not belong to what `about` says."""
+    path = join(root, f"{split}.npz")
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            table = dict(np.load(io.BytesIO(file.read()), allow_pickle=False))
+        rows = (len(table["shard"]), len(about["class_names"]))
+        shards = range(len(about["splits"][split]))
+        if table["labels"].shape != rows or {*table["shard"].tolist()} != {*shards}:
+            raise ValueError(f"it does not belong to {ABOUT}")
+    except (tf.errors.OpError, *_DAMAGED) as error:
         raise UserError(
-            f"data.root={root}: {missing[0]} is missing ({len(missing)} shards are): "
-            "copy it there, or give the same command of mljax.data.shard again"
-        )
-    return {split: _source(root, about, split, data_config) for split in SPLITS}
+            f"{path}: cannot be read ({first_line(error)}); {_AGAIN}"
+        ) from None
+    return table
 
 
 def _source(
-    root: str, about: dict[str, Any], split: str, data_config: ConfigDict
+    root: str,
+    about: dict[str, Any],
+    split: str,
+    table: dict[str, np.ndarray],
+    data_config: ConfigDict,
 ) -> Source:
-    with tf.io.gfile.GFile(join(root, f"{split}.npz"), "rb") as file:
-        table = dict(np.load(io.BytesIO(file.read()), allow_pickle=False))
     files = tf.constant([join(root, name) for name in about["splits"][split]])
     shard, start, length = (
         tf.constant(table[name]) for name in ("shard", "start", "length")
@@ -116,7 +172,7 @@ def read_record(file: tf.Tensor, start: tf.Tensor, length: tf.Tensor) -> tf.Tens
     return tf.raw_ops.DatasetToSingleElement(dataset=first, **kind)[0]
 
 
-def read_json(root: str, name: str) -> Any:
+def read_json(root: str, name: str, advice: str = _AGAIN) -> Any:
     """The content of a JSON file; None where there is none. Raises UserError."""
     path = join(root, name)
     try:
@@ -125,7 +181,9 @@ def read_json(root: str, name: str) -> Any:
         with tf.io.gfile.GFile(path) as file:
             return json.loads(file.read())
     except (tf.errors.OpError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+        raise UserError(
+            f"{path}: cannot be read ({first_line(error)}); {advice}"
+        ) from None
 
 
 def join(root: str, name: str) -> str:

@@ -21,8 +21,9 @@ lvis ("neg_category_ids") the data say what was looked for and is not there; all
 labels that an image does not have are unknown.
 
 A data set is read once from end to end at the start: for its labels, and for where each
-example lies in the files (TFRecord, what TFDS writes), so that image i is read when its
-turn comes. Of files of another format the encoded images are kept in memory.
+example lies in the files (TFRecord, what TFDS writes, or ArrayRecord), so that image i
+is read when its turn comes. Of files of another format the encoded images are kept in
+memory.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from mljax.data import files, tfds_files
-from mljax.data.decode import decode
+from mljax.data.decode import decode, reason
 from mljax.data.source import Source
 from mljax.errors import UserError
 
@@ -105,16 +106,16 @@ def _read_split(
     names: list[str] = []
     rows: list[np.ndarray] = []
     counts: list[np.ndarray] = []
-    places: list[tfds_files.Place] = []
+    places: list[Any] = []
     wanted = [k for k in (label_key, unknown_key, sure_key, absent_key, name_key) if k]
-    parts = tfds_files.parts(builder, data_config[split])
-    if parts is None:
+    stored = tfds_files.stored(builder, data_config[split])
+    found: Iterable[tuple[dict[str, Any], Any]]
+    if stored is None:
         in_order = _examples(builder, data_config, split, image_key, wanted)
-        found: Iterable[tuple[dict[str, Any], tfds_files.Place | None]]
         found = ((example, None) for example in in_order)
     else:
         features = builder.info.features
-        found = tfds_files.examples(parts, features, _partial(features, wanted))
+        found = stored.examples(features, _partial(features, wanted))
     for example, place in found:
         row = np.zeros(len(class_names), np.int8)
         if unknown_key:
@@ -153,14 +154,14 @@ def _read_split(
     # Numbers stand for names that TFDS does not know; their order is the builder's.
     is_named = not all(n.isdigit() for n in class_names)
     order = np.argsort(class_names) if is_named else np.arange(len(class_names))
-    if parts is None:
+    if stored is None:
         tensor = tf.constant(encoded)
         del encoded
 
         def read_encoded(index: tf.Tensor) -> tf.Tensor:
             return tf.gather(tensor, index)
     else:
-        read_encoded = tfds_files.Images([p.file for p in parts], places, image_key)
+        read_encoded = stored.images(places, image_key)
 
     def content() -> list[bytes]:
         def key(i: int) -> bytes:
@@ -188,7 +189,10 @@ def _examples(
     image_key: str,
     wanted: list[str],
 ) -> Iterable[dict[str, Any]]:
-    """The examples of a split: the wanted features and the image's encoded bytes."""
+    """The examples of a split: the wanted features and the image's encoded bytes.
+
+    Raises UserError where there is no such data set or split, or it is damaged.
+    """
     name = data_config.tfds_name
     decoders = _partial(
         builder.info.features,
@@ -196,10 +200,8 @@ def _examples(
         decoders={image_key: tfds.decode.SkipDecoding()},
     )
     try:
-        return tfds.as_numpy(
-            builder.as_dataset(
-                split=data_config[split], shuffle_files=False, decoders=decoders
-            )
+        dataset = builder.as_dataset(
+            split=data_config[split], shuffle_files=False, decoders=decoders
         )
     except AssertionError:  # what TFDS raises for a data set that is not on disk
         where = data_config.root or "the data directory of TFDS"
@@ -207,11 +209,20 @@ def _examples(
             f"{name} is not prepared in {where}: run `tfds build {name}` where there "
             "is a network and set data.root to its data directory"
         ) from None
+    except NotImplementedError as error:
+        raise UserError(
+            f"{name}: cannot be read ({_first_line(error)}); prepare it as TFRecord "
+            "files (tfds build --file_format=tfrecord)"
+        ) from None
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{name}: data.{split}={data_config[split]!r} is not one of its splits "
             f"({_first_line(error)})"
         ) from None
+    try:
+        yield from tfds.as_numpy(dataset)
+    except tf.errors.OpError as error:
+        raise tfds_files.damaged(f"{name} {split}", reason(error)) from None
 
 
 def _partial(
