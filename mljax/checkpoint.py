@@ -67,9 +67,20 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """The description saved with `step`."""
-        with _readable_errors(self.folder / str(step)):
+        folder = self.folder / str(step)
+        with _readable_errors(folder, damaged=self._advice(step)):
             found = self._orbax.checkpointables_metadata(step).custom_metadata
-        return check_format(found, self.folder / str(step))
+        return check_format(found, folder, self._advice(step))
+
+    def _advice(self, step: int) -> str:
+        """What to do where `step` is damaged."""
+        before = [saved for saved in _steps(self.folder) if saved < step]
+        if not before:
+            return "copy the whole directory again"
+        return (
+            f"copy the whole directory again, or move {self.folder / str(step)} away "
+            f"to go on from step {max(before)}"
+        )
 
     def load(self, step: int, abstract: Any) -> Any:
         """The state of `step` in the shapes, types and shardings of `abstract`.
@@ -78,10 +89,12 @@ class Checkpoints:
         missing: the state was saved before there was such a part.
         """
         folder = self.folder / str(step)
-        with _readable_errors(folder):
+        with _readable_errors(folder, damaged=self._advice(step)):
             if isinstance(abstract, Mapping):
                 return self._orbax.load(step, abstract)
             saved = ocp.metadata(folder, checkpointable_name="state").metadata
+            if saved is None:
+                raise ValueError("its state cannot be read")
             wanted = {
                 name: part
                 for name, part in vars(abstract).items()
@@ -120,11 +133,11 @@ def _wait_quietly(saves: Checkpoints) -> None:
         saves.wait()
 
 
-def check_format(found: Any, path: Path) -> dict[str, Any]:
+def check_format(found: Any, path: Path, advice: str = _AGAIN) -> dict[str, Any]:
     stored = found["format"] if isinstance(found, dict) and "format" in found else None
     if type(stored) is not int or stored < 1:
         raise UserError(
-            f"{path}: is not a checkpoint of mljax, or was not copied whole"
+            f"{path}: is not a checkpoint of mljax, or was not copied whole; {advice}"
         )
     if found["format"] > FORMAT:
         raise UserError(
@@ -153,8 +166,9 @@ def find_best(path: Path) -> Path:
             raise UserError(f"{path}: there is no such directory")
         if saved := _steps(path / "checkpoints"):
             raise UserError(
-                f"{path}: holds no checkpoint of an evaluation yet: go on training, or "
-                f"name a step such as {path / 'checkpoints' / str(max(saved))}"
+                f"{path}: holds no checkpoint of an evaluation (best/) yet or any "
+                "more: go on training, or name a step such as "
+                f"{path / 'checkpoints' / str(max(saved))}"
             )
         raise UserError(
             f"{path}: holds no checkpoint (neither best/ nor a saved step); name a "
@@ -186,7 +200,7 @@ def load_variables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         description (config, class_names, progress).
     """
     about = describe(path)
-    with _readable_errors(path, damaged=True):
+    with _readable_errors(path, damaged=_AGAIN):
         found = ocp.metadata(path, checkpointable_name="state").metadata
         if found is None:
             raise ValueError("its state cannot be read")
@@ -244,10 +258,10 @@ def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
 class _readable_errors:
     """Turns what Orbax raises into one line that names the folder.
 
-    damaged: while a checkpoint is read that was written long ago.
+    damaged: what to do, while a checkpoint is read that was written long ago.
     """
 
-    def __init__(self, path: Path, damaged: bool = False):
+    def __init__(self, path: Path, damaged: str = ""):
         self.path, self.damaged = path, damaged
 
     def __enter__(self) -> None:
@@ -272,6 +286,7 @@ class _readable_errors:
         reason = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
         if self.damaged:
             raise UserError(
-                f"{self.path}: is damaged, or was not copied whole ({reason}); {_AGAIN}"
+                f"{self.path}: is damaged, or was not copied whole ({reason}); "
+                f"{self.damaged}"
             ) from error
         raise UserError(f"{self.path}: {reason}") from error

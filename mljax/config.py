@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mljax.config_rules import BELONGS_TO, FILE_SOURCES, RULES, SIZES
+from mljax.config_rules import BELONGS_TO, FILE_SOURCES, RULES, SIZES, rule_of
 from mljax.errors import UserError
 
 
@@ -115,9 +115,10 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
 def validate(config: ConfigDict) -> None:
     """Raises UserError at the first value that can never work, naming its key."""
     flat = flatten(config)
-    for key, (test, must) in RULES.items():
-        if not test(flat[key]):
-            raise UserError(f"config.{key} = {flat[key]!r}: must be {must}")
+    for key, value in flat.items():
+        rule = rule_of(key, value)
+        if rule and not rule[0](value):
+            raise UserError(f"config.{key} = {value!r}: must be {rule[1]}")
     parts = config.optim.accumulate
     if config.batch_size % parts:
         raise UserError(

@@ -5,10 +5,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+_PIXELS = 16384  # along a side
+
 
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
-    return all(isinstance(side, int) and side >= 16 for side in sides)
+    return all(isinstance(side, int) and 16 <= side <= _PIXELS for side in sides)
 
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -23,7 +25,20 @@ def _one_of(*choices: str) -> Rule:
     return lambda v: v in choices, "one of " + ", ".join(choices)
 
 
+def _up_to(largest: int, least: int = 1) -> Rule:
+    return lambda v: least <= v <= largest, f"{least} to {largest}"
+
+
+def rule_of(key: str, value: Any) -> Rule | None:
+    """What the value of a key must be, if there is a rule; for all whole numbers there
+    is one."""
+    if isinstance(value, int) and abs(value) >= 2**31:
+        return lambda v: False, "between -2147483647 and 2147483647"
+    return RULES.get(key)
+
+
 _LARGEST = 3e38  # a float32
+_WIDTH = 65536  # of a layer
 _POSITIVE: Rule = (lambda v: 0 < v < _LARGEST, "above 0")
 _AT_LEAST_0: Rule = (lambda v: 0 <= v < _LARGEST, "0 or more")
 _SHARE: Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
@@ -45,7 +60,7 @@ BELONGS_TO = {
 }
 
 SIZES = ("data.image_size",)
-_SIZE: Rule = (_is_size, "at least 16 (pixels), one number or height,width")
+_SIZE: Rule = (_is_size, f"16 to {_PIXELS} (pixels), one number or height,width")
 
 # Names of backbones, heads, losses and data sets are checked where they are looked up.
 RULES: dict[str, Rule] = {
@@ -54,8 +69,8 @@ RULES: dict[str, Rule] = {
         "a path, or hf://OWNER/NAME like hf://timm/tf_efficientnetv2_s.in21k",
     ),
     "seed": (lambda v: 0 <= v < 2**31, "at least 0 and below 2**31"),
-    "epochs": _POSITIVE,
-    "batch_size": _POSITIVE,
+    "epochs": _up_to(1_000_000),
+    "batch_size": _up_to(1_000_000),
     "dtype": _one_of("float32", "bfloat16"),
     "published_mAP": (lambda v: v == -1 or 0 <= v <= 100, "0 to 100 (percent), or -1"),
     "profile": (
@@ -66,8 +81,8 @@ RULES: dict[str, Rule] = {
     "data.table.empty": _one_of("absent", "unknown"),
     "data.table.separator": (lambda v: bool(v), "a text"),
     "data.table.delimiter": _one_of(",", ";", "tab"),
-    "data.num_train": _AT_LEAST_0,
-    "data.num_val": _AT_LEAST_0,
+    "data.num_train": _up_to(100_000_000, 0),
+    "data.num_val": _up_to(100_000_000, 0),
     "data.image_size": _SIZE,
     "data.fit": _one_of("stretch", "letterbox", "crop"),
     "data.resize": _one_of("bilinear", "area"),
@@ -79,7 +94,7 @@ RULES: dict[str, Rule] = {
     "data.sampling": _one_of("uniform", "class_aware"),
     "data.crop_area": _POSITIVE_SHARE,
     "data.crop_ratio": (lambda v: 1 <= v < math.inf, "1 or more"),
-    "data.randaugment.n": _AT_LEAST_0,
+    "data.randaugment.n": _up_to(100, 0),
     "data.randaugment.m": (lambda v: 0 <= v <= 9, "0 (drawn) to 9"),
     "data.randaugment.prob": _POSITIVE_SHARE,
     "data.jitter.brightness": _SHARE,
@@ -97,29 +112,35 @@ RULES: dict[str, Rule] = {
     "data.on_error": _one_of("stop", "skip"),
     "data.max_pixels": (lambda v: 0 < v < 2**31, "1 to 2147483647"),
     "data.prefetch": (lambda v: 0 < v <= 1000, "1 to 1000 batches"),
-    "data.parallel_reads": _AT_LEAST_0,
+    "data.parallel_reads": _up_to(4096, 0),
     "model.pool": _one_of("avg", "max", "avg+max"),
     "model.dropout": _BELOW_1,
     "model.drop_path": _BELOW_1,
     "model.batch_norm_groups": _POSITIVE,
     "model.ml_decoder.groups": _AT_LEAST_0,
-    "model.ml_decoder.dim": _POSITIVE,
+    "model.ml_decoder.dim": _up_to(_WIDTH),
     "model.ml_decoder.heads": _POSITIVE,
-    "model.ml_decoder.feedforward": _POSITIVE,
+    "model.ml_decoder.feedforward": _up_to(_WIDTH),
     "model.ml_decoder.dropout": _BELOW_1,
-    "model.query2label.dim": (lambda v: v > 0 and v % 4 == 0, "a multiple of 4"),
+    "model.query2label.dim": (
+        lambda v: 0 < v <= _WIDTH and v % 4 == 0,
+        f"a multiple of 4, up to {_WIDTH}",
+    ),
     "model.query2label.heads": _POSITIVE,
-    "model.query2label.feedforward": _POSITIVE,
-    "model.query2label.encoder_layers": _AT_LEAST_0,
-    "model.query2label.decoder_layers": _POSITIVE,
+    "model.query2label.feedforward": _up_to(_WIDTH),
+    "model.query2label.encoder_layers": _up_to(100, 0),
+    "model.query2label.decoder_layers": _up_to(100),
     "model.query2label.dropout": _BELOW_1,
     "model.csra.heads": (lambda v: v in (1, 2, 4, 6, 8), "one of 1, 2, 4, 6, 8"),
     "model.csra.residual": _AT_LEAST_0,
     "model.graph.tau": _POSITIVE_SHARE,
     "model.graph.rho": _AT_LEAST_0,
-    "model.graph.embedding_dim": _POSITIVE,
+    "model.graph.embedding_dim": _up_to(_WIDTH),
     "model.graph.embedding_std": _POSITIVE,
-    "model.graph.hidden_dim_scale": _POSITIVE,
+    "model.graph.hidden_dim_scale": (
+        lambda v: 0.01 <= v < _LARGEST,
+        "0.01 or more",
+    ),
     "model.graph.attention_dropout": _BELOW_1,
     "loss.reduction": _one_of("sum", "mean"),
     "loss.label_smoothing": _BELOW_1,
@@ -144,6 +165,10 @@ RULES: dict[str, Rule] = {
     "optim.eps": (lambda v: 1e-37 < v < _LARGEST, "above 1e-37"),
     "optim.bias_lr_factor": _AT_LEAST_0,
     "optim.clip_norm": _AT_LEAST_0,
+    "optim.freeze": (
+        lambda v: not v or bool(v.strip(" ,")),
+        'prefixes of parameter paths, separated by commas, or ""',
+    ),
     "optim.freeze_epochs": _AT_LEAST_0,
     "optim.backbone_lr_factor": _POSITIVE,
     "optim.layer_decay": _POSITIVE_SHARE,
@@ -164,13 +189,13 @@ RULES: dict[str, Rule] = {
     "mutual.weight": _AT_LEAST_0,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
-    "hosts.start_timeout": _POSITIVE,
-    "hosts.heartbeat_timeout": (lambda v: v >= 5, "at least 5 (seconds)"),
+    "hosts.start_timeout": _up_to(1_000_000),
+    "hosts.heartbeat_timeout": _up_to(1_000_000, 5),
     "train.log_every": _POSITIVE,
     "train.eval_every": _POSITIVE,
     "train.checkpoint_every": _AT_LEAST_0,
     "train.max_bad_steps": _POSITIVE,
     "train.patience": _AT_LEAST_0,
     "train.warmup_epochs": _AT_LEAST_0,
-    "eval.batch_size": _POSITIVE,
+    "eval.batch_size": _up_to(1_000_000),
 }

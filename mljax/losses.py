@@ -33,7 +33,7 @@ def bce(
     reduction: str = "sum",
     class_weights: ArrayLike | None = None,
 ) -> jax.Array:
-    """Binary cross-entropy, exact for logits of any size.
+    """Binary cross-entropy, exact for finite logits of any size.
 
     L = -sum t log p + (1 - t) log(1 - p) with p = sigmoid(x).
 

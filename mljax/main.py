@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
             "--config.optim.lr and config.optim.lr_from both give the learning rate: "
             "leave one out (--config.optim.lr_from= takes back that of a config file)"
         )
+    if not args.workdir:
+        raise UserError("--workdir is empty: name a directory (. is this one)")
     if "://" in args.workdir:
         raise UserError(
             f"--workdir {args.workdir}: must be a directory; mount the bucket, or use "

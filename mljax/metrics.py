@@ -134,7 +134,7 @@ def classification_report(
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
-    if top_k is not None and top_k != int(top_k):
+    if top_k is not None and top_k % 1:
         raise ValueError(f"top_k must be a whole number or None, got {top_k}")
 
     correct, predicted, positive = np.zeros((3, num_classes), np.int64)

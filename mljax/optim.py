@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from mljax.errors import UserError
 from mljax.finetune import frozen_parameters, keep, lr_factors, path_name
 
 # step -> value. A step that is a JAX array (a traced one too) gives a JAX value; an
@@ -66,7 +67,7 @@ def one_cycle(
     References:
         Smith and Topin, "Super-Convergence" (2018), arXiv 1708.07120.
     """
-    if not min(div_factor, final_div_factor) > 0:
+    if not (div_factor > 0 and final_div_factor > 0):  # NaN is not
         factors = f"div_factor = {div_factor}, final_div_factor = {final_div_factor}"
         raise ValueError(f"{factors}: must be above 0")
     first = peak / div_factor
@@ -82,8 +83,12 @@ def one_cycle_momentum(
     """Momentum (Adam: b1) that mirrors `one_cycle`: maximum -> base -> maximum.
 
     Raises:
-        ValueError: if total_steps or pct_start is out of range.
+        ValueError: if total_steps, pct_start or a momentum is out of range.
     """
+    if not (0 <= base < 1 and 0 <= maximum < 1):
+        raise ValueError(
+            f"base = {base}, maximum = {maximum}: must be at least 0 and below 1"
+        )
     return _two_cosines(total_steps, pct_start, maximum, base, maximum)
 
 
@@ -171,10 +176,16 @@ def make_optimizer(
 
     Raises:
         ValueError: if config.name or config.schedule is unknown.
-        UserError: as `finetune.frozen_parameters` and `finetune.lr_factors`.
+        UserError: as `finetune.frozen_parameters` and `finetune.lr_factors`; more
+            steps than there are numbers for.
     """
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optim.name = {config.name!r}: must be one of {OPTIMIZERS}")
+    if total_steps >= 2**31:  # a step is an int32
+        raise UserError(
+            f"config.epochs: a run of {total_steps} steps is longer than 2147483647; "
+            "lower it"
+        )
     if config.schedule not in SCHEDULES:
         raise ValueError(
             f"optim.schedule = {config.schedule!r}: must be one of {SCHEDULES}"
@@ -367,7 +378,9 @@ def _numpy_of(step: Any) -> Any:
 
 
 def _check(total_steps: int, pct_start: float) -> None:
-    if total_steps < 1:
-        raise ValueError(f"total_steps = {total_steps}: must be at least 1")
+    if not total_steps >= 1 or total_steps % 1:
+        raise ValueError(
+            f"total_steps = {total_steps}: must be a whole number of at least 1"
+        )
     if not 0 <= pct_start <= 1:
         raise ValueError(f"pct_start = {pct_start}: must be between 0 and 1")

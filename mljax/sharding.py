@@ -26,10 +26,12 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     devices = jax.devices()
     sizes = [data, fsdp]
     if sizes.count(-1) == 1:
-        known = sizes[1 - sizes.index(-1)]
+        given = 1 - sizes.index(-1)
+        known = sizes[given]
         if known < 1 or len(devices) % known:
             raise UserError(
-                f"config.mesh: {known} does not divide the {len(devices)} devices"
+                f"config.mesh.{AXES[given]} = {known}: does not divide the "
+                f"{len(devices)} devices"
             )
         sizes[sizes.index(-1)] = len(devices) // known
     if min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):

@@ -264,7 +264,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     workdir.keep_config(folder, config)
     # What came after the last whole checkpoint is computed again, to the same bits.
     best.drop_after(start)
-    history = workdir.read_history(folder, start - progress.evaluation_due)
+    known = progress.best is not None
+    history = workdir.read_history(folder, start - progress.evaluation_due, known)
     workdir.write_history(folder, history)
     rows = sharding.batch_sharding(run.mesh)
     batches = pipeline.train_batches(

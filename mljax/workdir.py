@@ -162,13 +162,19 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config that a run was started with."""
     file = workdir / CONFIG
     try:
-        return configs.from_dict(json.loads(file.read_text()))
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
     except FileNotFoundError:
         raise UserError(
             f"--workdir {workdir}: holds no run ({CONFIG} is missing)"
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: is not valid JSON ({error})") from error
+    except ValueError as error:
+        raise UserError(
+            f"{file}: is not the config of a run ({error}); put it back as it was, or "
+            "name another directory"
+        ) from error
+    return configs.from_dict(found)
 
 
 def _check_same(path: str, old: ConfigDict, new: ConfigDict) -> None:
@@ -211,13 +217,28 @@ def _is_part(file: Path) -> bool:
     return file.name.startswith(".") and file.name.endswith(_PART)
 
 
-def read_history(workdir: Path, last_step: int) -> list[dict[str, Any]]:
-    """The evaluations up to `last_step`, oldest first."""
+def read_history(
+    workdir: Path, last_step: int, needed: bool = False
+) -> list[dict[str, Any]]:
+    """The evaluations up to `last_step`, oldest first.
+
+    Raises UserError where the file is damaged, or not there though it is `needed`.
+    """
     file = workdir / HISTORY
     if not file.exists():
+        if needed:
+            raise UserError(
+                f"{file}: is missing, and the run goes on from it; put it back"
+            )
         return []
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [row for row in rows if row["step"] <= last_step]
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [row for row in rows if row["step"] <= last_step]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file}: is damaged ({error}): a line must be an evaluation as JSON; put "
+            "it back as it was"
+        ) from error
 
 
 def check_nothing_lost(workdir: Path) -> None:

@@ -87,6 +87,37 @@ def test_errors_are_one_line(tmp_path):
         checkpoint.check_format(None, tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["half", "bits", "description", "empty"])
+def test_a_damaged_step_says_how_to_go_on(tmp_path, damage):
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    for step in (4, 8):
+        saves.save(step, state(float(step)), {})
+        saves.wait()
+    abstract = jax.tree.map(jnp.zeros_like, state(0.0))
+    folder = tmp_path / "run" / "8"
+    if damage == "description":
+        (folder / "_CHECKPOINT_METADATA").write_text("{")
+    for file in [p for p in folder.rglob("*") if p.is_file()]:
+        data = file.read_bytes()
+        if damage == "half":
+            file.write_bytes(data[: len(data) // 2])
+        elif damage == "bits" and len(data) > 1:
+            middle = len(data) // 2
+            changed = bytes([data[middle] ^ 255])
+            file.write_bytes(data[:middle] + changed + data[middle + 1 :])
+        elif damage == "empty":
+            file.unlink()
+    with pytest.raises(UserError, match=f"move {folder} away to go on from step 4$"):
+        saves.about(8)
+        saves.load(8, abstract)
+    folder.rename(tmp_path / "away")
+    saves = checkpoint.Checkpoints(tmp_path / "run")
+    assert saves.latest() == 4
+    found = saves.load(4, abstract)
+    jax.tree.map(np.testing.assert_array_equal, found, state(4.0))
+    saves.close()
+
+
 def test_a_save_is_finished_when_training_fails(tmp_path, monkeypatch):
     saves = checkpoint.Checkpoints(tmp_path / "run")
     writing = saves._orbax.save_async

@@ -1,5 +1,7 @@
 """Schedules against PyTorch's tables, parameter groups, the optimisers' rules."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,30 @@ def test_schedules_are_finite_and_stay_at_their_end(pct):
                 assert np.isfinite(values).all() and (values > 0).all()
                 assert values.max() <= 0.951
                 np.testing.assert_array_equal(values[total - 1 :], values[total - 1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(total_steps=0),
+        dict(total_steps=math.nan),
+        dict(total_steps=10.5),
+        dict(pct_start=math.nan),
+        dict(pct_start=1.5),
+        dict(div_factor=math.nan),
+        dict(final_div_factor=math.nan),
+        dict(final_div_factor=-1),
+    ],
+)
+def test_one_cycle_of_impossible_numbers(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        optim.one_cycle(**{"peak": 0.1, "total_steps": 10, **wrong})
+
+
+@pytest.mark.parametrize("wrong", [dict(base=math.nan), dict(base=2), dict(maximum=-1)])
+def test_one_cycle_of_an_impossible_momentum(wrong):
+    with pytest.raises(ValueError, match="must be at least 0 and below 1"):
+        optim.one_cycle_momentum(10, **wrong)
 
 
 def test_one_cycle_reaches_its_peak_where_it_turns():

@@ -58,6 +58,22 @@ def test_history_is_cut_at_the_last_checkpoint(tmp_path):
     workdir.write_history(tmp_path, rows)
     assert workdir.read_history(tmp_path, last_step=4) == rows[:2]
     assert workdir.read_history(tmp_path / "none", last_step=4) == []
+    with pytest.raises(UserError, match="none/metrics.jsonl: is missing.*put it back"):
+        workdir.read_history(tmp_path / "none", last_step=4, needed=True)
+
+
+@pytest.mark.parametrize("text", ['{"step": 2}\n{"ste', "[1]\n", "{}\n", "\x80"])
+def test_a_damaged_history_is_named(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="metrics.jsonl: is damaged .*: a line must"):
+        workdir.read_history(tmp_path, last_step=4)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x80", ""])
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="config.json: is not the config of a run .*"):
+        workdir.read_config(tmp_path)
 
 
 def test_data_that_changed_is_refused(tmp_path):

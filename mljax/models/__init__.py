@@ -92,8 +92,12 @@ def build_head(
 ) -> nnx.Module:
     """A head for maps of `features` channels; `options` are those of its class.
 
-    UserError lists the names if it is unknown.
+    UserError lists the names if it is unknown. ValueError: a number is below 1.
     """
+    if features < 1 or num_classes < 1:
+        raise ValueError(
+            f"features = {features}, num_classes = {num_classes}: must be at least 1"
+        )
     return _find("head", name, HEADS)(features, num_classes, rngs=rngs, **options)
 
 

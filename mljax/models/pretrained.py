@@ -47,7 +47,10 @@ def load(
         path = hub.fetch(init_from)
     elif path.is_dir():
         return _from_directory(path, model, class_names)
-    weights = torch_files.read(path)
+    try:
+        weights = torch_files.read(path)
+    except UserError as error:
+        raise UserError(f"config.init_from: {error}") from error
     try:
         notes = import_torch.load_pretrained(
             model, weights.tensors, _are_others(weights.class_names, class_names)
@@ -116,7 +119,10 @@ def _from_directory(
     path: Path, model: Classifier, class_names: Sequence[str]
 ) -> tuple[Tree, Tree, list[str]]:
     """As `load`, by the same rules as for a file (`import_torch.match`)."""
-    found, about = checkpoint.load_variables(checkpoint.find_best(path.absolute()))
+    try:
+        found, about = checkpoint.load_variables(checkpoint.find_best(path.absolute()))
+    except UserError as error:
+        raise UserError(f"config.init_from: {error}") from error
     params, batch_stats = split(model)
     target = flatten_dict({"params": params, "batch_stats": batch_stats})
     places, given = _by_name(target), _by_name(flatten_dict(found))
