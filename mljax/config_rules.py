@@ -32,9 +32,11 @@ def _up_to(largest: int, least: int = 1) -> Rule:
 def rule_of(key: str, value: Any) -> Rule | None:
     """What the value of a key must be, if there is a rule; for all whole numbers there
     is one."""
-    if isinstance(value, int) and abs(value) >= 2**31:
+    rule = RULES.get(key)
+    is_huge = isinstance(value, int) and abs(value) >= 2**31
+    if is_huge and (rule is None or rule[0](value)):
         return lambda v: False, "between -2147483647 and 2147483647"
-    return RULES.get(key)
+    return rule
 
 
 _LARGEST = 3e38  # a float32
