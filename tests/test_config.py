@@ -336,6 +336,10 @@ def test_recipes_augment_as_published():
     plain = configs.load("configs/corel5k.py", "plain")
     assert plain.data.crop_area == 1 and plain.sam.update_stats == "both"
     assert not plain.eval.flip
+    momentum = configs.load("configs/corel5k.py", "momentum")
+    momentum.data.root = "somewhere"
+    configs.validate(momentum)
+    assert (momentum.sam.direction, momentum.epochs) == ("momentum", 16)
     crops = configs.load("configs/corel5k.py", "crops")
     differs = {"crop_area": crops.data.crop_area}
     assert differs == {"crop_area": 0.6} and crops.eval.flip
