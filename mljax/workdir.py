@@ -222,23 +222,25 @@ def read_history(
 ) -> list[dict[str, Any]]:
     """The evaluations up to `last_step`, oldest first.
 
-    Raises UserError where the file is damaged, or not there though it is `needed`.
+    Raises UserError where the file is damaged, or there are none though one is
+    `needed`.
     """
     file = workdir / HISTORY
-    if not file.exists():
-        if needed:
-            raise UserError(
-                f"{file}: is missing, and the run goes on from it; put it back"
-            )
-        return []
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return [row for row in rows if row["step"] <= last_step]
+        text = file.read_text() if file.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        rows = [row for row in rows if row["step"] <= last_step]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file}: is damaged ({error}): a line must be an evaluation as JSON; put "
             "it back as it was"
         ) from error
+    if needed and not rows:
+        raise UserError(
+            f"{file}: the evaluations that the run had are missing; put it back as it "
+            "was"
+        )
+    return rows
 
 
 def check_nothing_lost(workdir: Path) -> None:

@@ -58,8 +58,9 @@ def test_history_is_cut_at_the_last_checkpoint(tmp_path):
     workdir.write_history(tmp_path, rows)
     assert workdir.read_history(tmp_path, last_step=4) == rows[:2]
     assert workdir.read_history(tmp_path / "none", last_step=4) == []
-    with pytest.raises(UserError, match="none/metrics.jsonl: is missing.*put it back"):
-        workdir.read_history(tmp_path / "none", last_step=4, needed=True)
+    for folder, step in ((tmp_path / "none", 4), (tmp_path, 1)):
+        with pytest.raises(UserError, match="metrics.jsonl: the evaluations .*missing"):
+            workdir.read_history(folder, last_step=step, needed=True)
 
 
 @pytest.mark.parametrize("text", ['{"step": 2}\n{"ste', "[1]\n", "{}\n", "\x80"])

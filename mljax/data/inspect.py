@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(_table(report["classes"], list(sources))))
     print()
     for finding in report["findings"]:
-        print(f"{finding['level']:<8} {finding['text']}")
+        text = finding["text"].replace("\n", "\\n")  # in the name of a file
+        print(f"{finding['level']:<8} {text}")
     print(f"report:  {folder / 'report.html'}")
     print(f"weights: --config.loss.class_weights={folder / WEIGHTS} weighs the classes")
 

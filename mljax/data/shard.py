@@ -153,7 +153,7 @@ def _lost(root: str, plan: dict[str, Any]) -> set[str]:
     from mljax.data import shards
 
     sizes = {}
-    for name in (name for names in plan["splits"].values() for name in names):
+    for name in [name for names in plan["splits"].values() for name in names]:
         try:
             about = shards.read_json(root, f"{name}.json")
             last = about["start"][-1] + about["length"][-1]

@@ -209,11 +209,6 @@ def _examples(
             f"{name} is not prepared in {where}: run `tfds build {name}` where there "
             "is a network and set data.root to its data directory"
         ) from None
-    except NotImplementedError as error:
-        raise UserError(
-            f"{name}: cannot be read ({_first_line(error)}); prepare it as TFRecord "
-            "files (tfds build --file_format=tfrecord)"
-        ) from None
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{name}: data.{split}={data_config[split]!r} is not one of its splits "
