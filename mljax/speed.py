@@ -4,7 +4,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,12 @@ def text(found: Mapping[str, float]) -> str:
 
 def peak_of(device: Any) -> float:
     """FLOP/s of a device, 0 if its kind is not in the list."""
-    fitting = [name for name in PEAKS if device.device_kind.startswith(name)]
-    return PEAKS[max(fitting, key=len)] if fitting else 0.0
+    return PEAKS.get(longest_prefix(device.device_kind, PEAKS), 0.0)
+
+
+def longest_prefix(name: str, prefixes: Iterable[str]) -> str:
+    """The longest of these that `name` begins with, "" if none does."""
+    return max((p for p in prefixes if name.startswith(p)), key=len, default="")
 
 
 def mean_flops(steps: Sequence[Any], *arguments: Any) -> float:

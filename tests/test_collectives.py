@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ROOT
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from layouts import config_for
 
+from mljax.models.batch_norm import BatchNorm
 from mljax.sharding import make_mesh
 
 
@@ -69,6 +71,25 @@ def test_a_known_program(script):
         ("all-gather", 64 * 8 * 4, 4),
         ("all-reduce", 4, 8),
     ]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_batch_norm_sends_its_sums_alone(script, backend, monkeypatch):
+    """Mean and variance on the way forward, two sums on the way back."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    graph, params, stats = nnx.split(BatchNorm(16), nnx.Param, nnx.BatchStat)
+    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+    rows = NamedSharding(make_mesh(8, 1), P(("data", "fsdp")))
+    images = jax.ShapeDtypeStruct((16, 5, 5, 16), jnp.float32, sharding=rows)
+
+    def loss(x):
+        y = nnx.merge(graph, params, stats)(x, True, jax.nn.silu)
+        return jnp.vdot(y, jnp.sin(x))
+
+    text = jax.jit(jax.grad(loss)).lower(images).compile().as_text()
+    sent = script.collectives(text, 8)
+    assert {kind for kind, _, _ in sent} == {"all-reduce"}
+    assert sum(size for _, size, _ in sent) == 4 * 16 * 4
 
 
 @pytest.mark.slow

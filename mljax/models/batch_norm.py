@@ -1,6 +1,7 @@
 """Batch normalisation with a derivative of its own (Ioffe & Szegedy 2015)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,26 @@ from jax.typing import DTypeLike
 from mljax.models import cpu
 from mljax.models.layers import at_least_float32, constant
 
+Activation = Callable[[jax.Array], jax.Array]
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normalise_batch(
-    x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    eps: float,
+    activation: Activation | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(y, mean, biased variance) of x [..., C] over all axes but the last.
+    """(activation(y), mean, biased variance) of x [..., C] over all axes but the last.
 
-    The derivative is given by hand (Ioffe & Szegedy 2015, section 3): it reads the
-    map twice where the one that autodiff derives reads it four times.
+    Without an activation y is in float32 at least, with one it is rounded to the type
+    of x before it. The derivative is given by hand (Ioffe & Szegedy 2015, section 3):
+    it reads the map twice where the one that autodiff derives reads it four times.
+    Both times it goes through the activation anew, instead of keeping a map of its
+    gradient in between.
     """
-    return _normalise_forward(x, weight, bias, eps)[0]
+    return _normalise_forward(x, weight, bias, eps, activation)[0]
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -37,31 +47,68 @@ def _mean(x: jax.Array) -> jax.Array:
     return jnp.mean(cpu.choose(cpu.image_means, means, x), 0)
 
 
-def _normalise_forward(x, weight, bias, eps):
+def _one_after_the_other(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of x [N, ..., C], which is read twice."""
+    mean = _mean(x)
+    return mean, _mean(jnp.square(x - mean))
+
+
+def _at_once(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of x [N, ..., C], which is read once.
+
+    A GPU waits for memory here: a second look costs as much as the first. Within an
+    image the variance comes from the sums of d and d^2, where d is the distance to the
+    image's first pixel: little cancels, however far from zero it is. Then images are
+    put together (Chan et al. 1983, "Algorithms for computing the sample variance",
+    equation 2.1b).
+    """
+    images, within = x.shape[0], tuple(range(1, x.ndim - 1))
+    first = x[(slice(None), *(slice(1) for _ in within))]
+    away = x - first
+    shift, square = jnp.mean(away, within), jnp.mean(jnp.square(away), within)
+    variances = jnp.maximum(square - jnp.square(shift), 0)
+    means = first.reshape(shift.shape) + shift
+    # Divided before they are summed up: as a step of its own it takes as long.
+    mean = jnp.sum(means / images, 0)
+    return mean, jnp.sum((variances + jnp.square(means - mean)) / images, 0)
+
+
+def _normalise_forward(x, weight, bias, eps, activation):
     exact = x.astype(at_least_float32(x.dtype))
-    mean = _mean(exact)
-    var = _mean(jnp.square(exact - mean))
+    mean, var = (_at_once if cpu.is_on("gpu") else _one_after_the_other)(exact)
     inverse = lax.rsqrt(var + eps)
     scale = weight * inverse
     y = exact * scale + (bias - mean * scale)
-    return (y, mean, var), (x, weight, mean, inverse)
+    if activation:
+        y = activation(y.astype(x.dtype))
+    return (y, mean, var), (x, weight, bias, mean, inverse)
 
 
-def _normalise_backward(eps, saved, gradients):
-    x, weight, mean, inverse = saved
+def _normalise_backward(eps, activation, saved, gradients):
+    x, weight, bias, mean, inverse = saved
     g, by_mean, by_var = gradients
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    x_exact = x.astype(g.dtype)
-    # Without the barrier XLA finds x - mean in the forward pass too, and keeps the map
-    # of it in memory instead of subtracting twice.
-    centre = lax.optimization_barrier(mean)
-    by_bias = jnp.sum(g, axes)
-    by_weight = jnp.sum(g * (x_exact - centre), axes) * inverse
-    # dx = scale g + slope x + offset, each [C].
     scale = weight * inverse
+
+    def both(x: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x and the gradient by y, in float32 at least."""
+        exact = x.astype(at_least_float32(x.dtype))
+        if not activation:
+            return exact, g
+        y = exact * scale + (bias - mean * scale)
+        (by_y,) = jax.vjp(activation, y.astype(x.dtype))[1](g)
+        return exact, by_y.astype(exact.dtype)
+
+    # Without the barriers XLA finds what is computed twice, and keeps maps in memory.
+    centre = lax.optimization_barrier(mean)
+    exact, by_y = both(lax.optimization_barrier(x) if activation else x, centre)
+    by_bias = jnp.sum(by_y, axes)
+    by_weight = jnp.sum(by_y * (exact - centre), axes) * inverse
+    # dx = scale by_y + slope x + offset, each [C].
     slope = (2 * by_var - scale * inverse * by_weight) / count
     offset = (by_mean - scale * by_bias) / count - slope * mean
-    by_x = scale * g + slope * x_exact + offset
+    exact, by_y = both(x, mean)
+    by_x = scale * by_y + slope * exact + offset
     kept = weight.dtype
     return by_x.astype(x.dtype), by_weight.astype(kept), by_bias.astype(kept)
 
@@ -97,24 +144,43 @@ class BatchNorm(nnx.Module):
         self.fixed = False
         self.groups = 1
 
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        weight, bias = self.weight[...], self.bias[...]
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool = False,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """x [..., C] normalised, then through `activation`, which is elementwise."""
         if train and not self.fixed and self.groups == 1:
-            y, mean, var = _normalise_batch(x, weight, bias, self.eps)
+            y, mean, var = self._normalised(x, activation)
             self._move_statistics(mean, var, x.size // x.shape[-1])
-        elif train and not self.fixed:
+            return y
+        if train and not self.fixed:
             parts = x.reshape(self.groups, -1, *x.shape[1:])
             y, means, variances = jax.vmap(
-                lambda part: _normalise_batch(part, weight, bias, self.eps)
+                lambda part: self._normalised(part, activation)
             )(parts)
-            y = y.reshape(x.shape)
             count = x.size // x.shape[-1] // self.groups
             self._move_statistics(means.mean(0), variances.mean(0), count)
-        else:
-            mean, var = self.running_mean[...], self.running_var[...]
-            exact = x.astype(at_least_float32(x.dtype))
-            y = (exact - mean) * (weight * lax.rsqrt(var + self.eps)) + bias
-        return y.astype(self.dtype)
+            return y.reshape(x.shape)
+        mean, var = self.running_mean[...], self.running_var[...]
+        weight, bias = self.weight[...], self.bias[...]
+        exact = x.astype(at_least_float32(x.dtype))
+        y = (exact - mean) * (weight * lax.rsqrt(var + self.eps)) + bias
+        y = y.astype(self.dtype)
+        return activation(y) if activation else y
+
+    def _normalised(
+        self, x: jax.Array, activation: Activation | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(activation(y), mean, biased variance), y by the batch's own statistics."""
+        # Other compilers than a GPU's make more of the two as they are.
+        joined = cpu.is_on("gpu") and x.dtype == self.dtype
+        inside, after = (activation, None) if joined else (None, activation)
+        weight, bias = self.weight[...], self.bias[...]
+        y, mean, var = _normalise_batch(x, weight, bias, self.eps, inside)
+        y = y.astype(self.dtype)
+        return after(y) if after else y, mean, var
 
     def _move_statistics(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         unbiased = var * (count / max(count - 1, 1))

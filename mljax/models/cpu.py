@@ -33,12 +33,12 @@ def choose(
     """
     if _forms.get() == _PORTABLE:
         return lax.platform_dependent(*operands, cpu=fast, default=plain)
-    return (fast if _on_cpu() else plain)(*operands)
+    return (fast if is_on("cpu") else plain)(*operands)
 
 
-def _on_cpu() -> bool:
-    """Whether a model that is traced now is computed on a CPU, and only there."""
-    return _forms.get() == _HERE and jax.default_backend() == "cpu"
+def is_on(backend: str) -> bool:
+    """Whether a model that is traced now is computed on "cpu", "gpu" or "tpu" alone."""
+    return _forms.get() == _HERE and jax.default_backend() == backend
 
 
 def is_plain() -> bool:
@@ -145,7 +145,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     turned round and with all that comes before it (dropout, BatchNorm): here x and g
     are read as they lie in memory.
     """
-    return _product(x, weight) if _on_cpu() else x @ weight
+    return _product(x, weight) if is_on("cpu") else x @ weight
 
 
 @jax.custom_vjp
@@ -187,7 +187,7 @@ def dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.
     XLA takes that gradient as a convolution with a kernel as large as the map, two to
     six times as long.
     """
-    return (_dense_conv if _on_cpu() else convolve)(x, weight, stride, pads)
+    return (_dense_conv if is_on("cpu") else convolve)(x, weight, stride, pads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -95,7 +95,7 @@ class ConvBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        y = jax.nn.silu(self.bn1(self.conv(x), train))
+        y = self.bn1(self.conv(x), train, jax.nn.silu)
         return residual(x, y, self.drop_path, train, rngs) if self.skip else y
 
 
@@ -124,7 +124,7 @@ class FusedMBConv(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        y = jax.nn.silu(self.bn1(self.conv_exp(x), train))
+        y = self.bn1(self.conv_exp(x), train, jax.nn.silu)
         y = self.bn2(self.conv_pwl(y), train)
         return residual(x, y, self.drop_path, train, rngs) if self.skip else y
 
@@ -157,8 +157,8 @@ class MBConv(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        y = jax.nn.silu(self.bn1(self.conv_pw(x), train))
-        y = jax.nn.silu(self.bn2(self.conv_dw(y), train))
+        y = self.bn1(self.conv_pw(x), train, jax.nn.silu)
+        y = self.bn2(self.conv_dw(y), train, jax.nn.silu)
         y = self.bn3(self.conv_pwl(self.se(y)), train)
         return residual(x, y, self.drop_path, train, rngs) if self.skip else y
 
@@ -217,9 +217,9 @@ class EfficientNetV2(nnx.Module):
     def __call__(
         self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        x = jax.nn.silu(self.bn1(self.conv_stem(images), train))
+        x = self.bn1(self.conv_stem(images), train, jax.nn.silu)
         x = self.blocks(x, train, rngs)
-        return jax.nn.silu(self.bn2(self.conv_head(x), train))
+        return self.bn2(self.conv_head(x), train, jax.nn.silu)
 
 
 def tf_efficientnetv2_s(**options) -> EfficientNetV2:

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jax import lax
 
-from mljax.models.batch_norm import BatchNorm
+from mljax.models.batch_norm import Activation, BatchNorm
 from mljax.models.layers import Frozen
 
 
@@ -21,8 +21,14 @@ class Affine(nnx.Module):
         self.bias = Frozen(norm.bias[...] - norm.running_mean[...] * scale)
         self.dtype = norm.dtype
 
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        return (self.scale[...] * x + self.bias[...]).astype(self.dtype)
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool = False,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        y = (self.scale[...] * x + self.bias[...]).astype(self.dtype)
+        return activation(y) if activation else y
 
 
 def fixed(model: nnx.Module) -> nnx.Module:

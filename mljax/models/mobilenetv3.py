@@ -98,7 +98,7 @@ class DepthwiseSeparable(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv_dw(x), train))
+        y = self.bn1(self.conv_dw(x), train, jax.nn.relu)
         return x + self.bn2(self.conv_pw(y), train)
 
 
@@ -142,8 +142,8 @@ class InvertedResidual(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        y = self.activation(self.bn1(self.conv_pw(x), train))
-        y = self.activation(self.bn2(self.conv_dw(y), train))
+        y = self.bn1(self.conv_pw(x), train, self.activation)
+        y = self.bn2(self.conv_dw(y), train, self.activation)
         if self.se is not None:
             y = self.se(y)
         y = self.bn3(self.conv_pwl(y), train)
@@ -170,7 +170,7 @@ class ConvBnAct(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        return self.activation(self.bn1(self.conv(x), train))
+        return self.bn1(self.conv(x), train, self.activation)
 
 
 class MobileNetV3(nnx.Module):
@@ -231,7 +231,7 @@ class MobileNetV3(nnx.Module):
     def __call__(
         self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        x = self.activation(self.bn1(self.conv_stem(images), train))
+        x = self.bn1(self.conv_stem(images), train, self.activation)
         return self.blocks(x, train, rngs)
 
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from mljax.models import cpu
 from mljax.models.batch_norm import BatchNorm
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import Conv, constant
+from mljax.models.layers import Conv, constant, relu
 
 EXPANSION = 4  # channels that leave a block over those inside it
 
@@ -76,12 +76,12 @@ class Bottleneck(nnx.Module):
     def __call__(
         self, x: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn1(self.conv1(x), train, jax.nn.relu)
+        y = self.bn2(self.conv2(y), train, jax.nn.relu)
         y = self.bn3(self.conv3(y), train)
         if self.downsample is not None:
             x = self.downsample(x, train)
-        return jax.nn.relu(residual(x, y, self.drop_path, train, rngs))
+        return relu(residual(x, y, self.drop_path, train, rngs))
 
 
 class ResNet(nnx.Module):
@@ -132,7 +132,7 @@ class ResNet(nnx.Module):
     def __call__(
         self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        x = max_pool(jax.nn.relu(self.bn1(self.conv1(images), train)))
+        x = max_pool(self.bn1(self.conv1(images), train, jax.nn.relu))
         for stage in (1, 2, 3, 4):
             x = getattr(self, f"layer{stage}")(x, train, rngs)
         return x

@@ -10,6 +10,8 @@ memory by computing its input again from its output. Here, as in timm, they are 
 layers, and `tresnet_abn.py` converts the original's checkpoints.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,9 @@ from jax.typing import DTypeLike
 
 from mljax.errors import UserError
 from mljax.models import tresnet_abn
-from mljax.models.batch_norm import BatchNorm
+from mljax.models.batch_norm import Activation, BatchNorm
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import Conv, constant
+from mljax.models.layers import Conv, constant, relu
 
 EXPANSION = 4  # channels that leave a bottleneck over those inside it
 STEM_SLOPE, SLOPE = 1e-2, 1e-3  # leaky ReLU's, below zero
@@ -76,6 +78,11 @@ def halve(x: jax.Array) -> jax.Array:
     return jnp.mean(x, (2, 4))
 
 
+@functools.cache  # one function a slope: BatchNorm's derivative is traced for each
+def _leaky_relu(slope: float) -> Activation:
+    return lambda x: jax.nn.leaky_relu(x, slope)
+
+
 class ConvBn(nnx.Module):
     """Convolution, BatchNorm, leaky ReLU (unless `slope` is None), blur (if asked)."""
 
@@ -97,9 +104,8 @@ class ConvBn(nnx.Module):
         self.slope, self.blur = slope, blur
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = self.bn(self.conv(x), train)
-        if self.slope is not None:
-            x = jax.nn.leaky_relu(x, self.slope)
+        activation = None if self.slope is None else _leaky_relu(self.slope)
+        x = self.bn(self.conv(x), train, activation)
         return blur_pool(x) if self.blur else x
 
     def start_at_zero(self) -> None:
@@ -188,7 +194,7 @@ class BasicBlock(nnx.Module):
             y = self.se(y)
         if self.downsample is not None:
             x = self.downsample(x, train)
-        return jax.nn.relu(residual(x, y, self.drop_path, train, rngs))
+        return relu(residual(x, y, self.drop_path, train, rngs))
 
 
 class Bottleneck(nnx.Module):
@@ -235,7 +241,7 @@ class Bottleneck(nnx.Module):
         y = self.conv3(y, train)
         if self.downsample is not None:
             x = self.downsample(x, train)
-        return jax.nn.relu(residual(x, y, self.drop_path, train, rngs))
+        return relu(residual(x, y, self.drop_path, train, rngs))
 
 
 class Body(nnx.Module):
