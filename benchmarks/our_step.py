@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mljax import decision, losses, models, optim, predict, step
+from mljax import decision, losses, models, optim, predict, speed, step
 from mljax.config import common
 from mljax.data import augment
 from mljax.label_graph_data import LabelGraph
@@ -118,30 +118,52 @@ class Head:
         jax.block_until_ready(self.both(*self.arrays))
 
 
+def batch_shapes(batch: int, size: int, classes: int) -> dict[str, Any]:
+    """Of `draw_batch`, without drawing it."""
+    return {
+        "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((batch, classes), jnp.int8),
+    }
+
+
+def prepared(config: Any, model: Any, images: int) -> tuple[step.TrainState, Any]:
+    """The first state, and the jitted step with SAM, SGD and EMA."""
+    params, stats = split(model)
+    optimizer = optim.make_optimizer(config.optim, images, 1000, params)
+    state = step.create_state(params, stats, optimizer, use_ema=True)
+    train_step = step.make_train_step(
+        as_function(model),
+        losses.make_loss(config.loss),
+        optimizer,
+        augment.make_augment(),
+        reduction="sum",
+        seed=0,
+        sam_rho=0.05,
+        ema_decay=0.9997,
+    )
+    return state, jax.jit(train_step, donate_argnums=0)
+
+
 class Training:
     """The compiled training step, on one batch that stays on the device."""
 
     def __init__(self, config: Any, model: Any, batch: dict[str, np.ndarray]):
-        params, stats = split(model)
-        optimizer = optim.make_optimizer(
-            config.optim, len(batch["image"]), 1000, params
-        )
-        self.state = step.create_state(params, stats, optimizer, use_ema=True)
-        train_step = jax.jit(
-            step.make_train_step(
-                as_function(model),
-                losses.make_loss(config.loss),
-                optimizer,
-                augment.make_augment(),
-                reduction="sum",
-                seed=0,
-                sam_rho=0.05,
-                ema_decay=0.9997,
-            ),
-            donate_argnums=0,
-        )
+        self.state, train_step = prepared(config, model, len(batch["image"]))
         self.batch = jax.tree.map(jnp.asarray, batch)
+        self.flops = speed.mean_flops([train_step], self.state, self.batch)
         self.compiled = train_step.lower(self.state, self.batch).compile()
+
+    def facts(self) -> dict[str, Any]:
+        """Of the device: its kind, and where they are known its peak and how much of
+        its memory was used at most; and the FLOPs of a step."""
+        (device,) = jax.tree.leaves(self.batch)[0].devices()
+        found = {"device": device.device_kind, "gflop": self.flops / 1e9}
+        if peak := speed.peak_of(device):
+            found["peak_tflops"] = peak / 1e12
+        memory = device.memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            found["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+        return found
 
     def step(self) -> float:
         """The loss of the second pass, once the step is done."""

@@ -151,6 +151,8 @@ def main() -> None:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
+    if CUDA:
+        about["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     answer(about, {name: training.step for name, training in trainings.items()})
 
 

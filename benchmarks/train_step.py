@@ -13,7 +13,9 @@ the allocator settings that mljax gives itself. It lives in an environment of it
 
 Both start from the same weights and see the same batch, and their losses in the first
 step must agree. Then each in turn trains some steps while the other waits. Prints the
-medians and their ratio, and writes them to --output as JSON.
+medians and their ratio, on a GPU also the memory that each used and the share of its
+bfloat16 peak, and writes them to --output as JSON. The FLOPs of a step are those that
+XLA counts in mljax's, all operations included, for both.
 """
 
 import argparse
@@ -63,7 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = ("backbone", "size", "batch", "classes", "dtype")
         shared = ["--worker", folder, *flags(args, names)]
-        workers = {"mljax": Worker([sys.executable, __file__, *shared])}
+        # By default JAX takes three quarters of a GPU's memory before it needs them.
+        room = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        workers = {"mljax": Worker([sys.executable, __file__, *shared], **room)}
         if args.torch_python:
             command = [args.torch_python, str(PEER), *shared]
             workers["torch"] = Worker(command)
@@ -86,12 +90,18 @@ def report(
     )
     for name, ms in found["median_ms"].items():
         rate, least = 1e3 * args.batch / ms, found["least_ms"][name]
-        print(f"{name:<36} {ms:8.1f} ms (least {least:.1f})  {rate:7.1f} images/s")
+        line = f"{name:<36} {ms:8.1f} ms (least {least:.1f})  {rate:7.1f} images/s"
+        if peak := about["mljax"].get("peak_tflops"):
+            teraflops = about["mljax"]["gflop"] / ms
+            line += f"  {100 * teraflops / peak:.0f} % of {peak:.0f} TFLOP/s"
+        print(line)
     for name in about:
         rival = fastest(found["median_ms"], f"{name} ")
         if rival and name != "mljax":
             times = rival / found["median_ms"]["mljax"]
             print(f"mljax is {times:.2f} times as fast as {name}")
+        if gb := about[name].get("peak_memory_gb"):
+            print(f"{name}: {gb:.1f} GB of the device's memory at most")
     settings = {k: v for k, v in vars(args).items() if k not in HIDDEN}
     save(args.output, {**settings, **found, "about": about})
 
@@ -111,10 +121,8 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     training = our_step.Training(config, model, batch)
     for _ in range(2):
         training.step()
-    device = jax.devices()[0].device_kind
-    answer(
-        {"loss": loss, "jax": jax.__version__, "device": device}, {"": training.step}
-    )
+    about = {"loss": loss, "jax": jax.__version__, **training.facts()}
+    answer(about, {"": training.step})
 
 
 if __name__ == "__main__":
