@@ -123,6 +123,7 @@ def main() -> None:
     from side_by_side import save
 
     from mljax import speed
+    from mljax.errors import UserError
 
     kind = device.device_kind
     peak = speed.peak_of(device)
@@ -140,7 +141,7 @@ def main() -> None:
     for backbone in args.backbone:
         try:
             row, found = measure(compiled(args, backbone, device), peak, rate)
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             raise SystemExit(f"{backbone}: {error}") from error
         rows[backbone] = row
         print(

@@ -240,3 +240,17 @@ def test_first_step_of_pytorch_is_ours(head, monkeypatch, tmp_path):
     assert peer.loss().item() == pytest.approx(our_step.loss(config, model, batch))
     # The second pass of SAM; the rates of the first steps are not the same.
     assert peer.step() == pytest.approx(ours.step(), rel=1e-4)
+
+
+def test_a_training_step_on_a_gpu_is_set_against_its_peak(capsys):
+    import train_step
+
+    args = Namespace(backbone="any", size=448, batch=32, dtype="bfloat16", output=None)
+    ours = {"gflop": 5000, "peak_tflops": 1000.0, "peak_memory_gb": 7.44}
+    about = {"mljax": ours, "torch": {"peak_memory_gb": 9.0}}
+    train_step.report(args, about, {"mljax": [50.0], "torch channels_last": [100.0]})
+    out = capsys.readouterr().out
+    assert "640.0 images/s  10 % of 1000 TFLOP/s" in out
+    assert "320.0 images/s  5 % of 1000 TFLOP/s" in out
+    assert "mljax is 2.00 times as fast as torch" in out
+    assert "mljax: 7.4 GB of the device's" in out and "torch: 9.0 GB of the" in out
