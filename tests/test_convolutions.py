@@ -81,6 +81,32 @@ def test_dense_equals_lax(kernel, stride, padding):
     assert_same_gradients(cpu.dense_conv, plain_conv, x, weight, stride, pads)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (3, 1), (5, 3)])
+@pytest.mark.parametrize("size", [(9, 12), (8, 7)])
+def test_max_pool_equals_lax(size, kernel, stride):
+    x = np.round(normal(0, 3, *size, 6))  # many are equally large
+    pads = ((1, 1), (0, 1))
+
+    def plain(x):
+        window, strides = (1, kernel, kernel, 1), (1, stride, stride, 1)
+        whole = ((0, 0), *pads, (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, whole)
+
+    found = []
+    for form in (lambda x: cpu.max_pool(x, kernel, stride, pads), plain):
+        value, pull = jax.vjp(form, x)
+        found.append((value, *pull(normal(1, *value.shape))))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1])
+
+
+def test_max_pool_passes_nan_on():
+    x = np.ones((1, 4, 4, 1), np.float32)
+    x[0, 1, 1, 0] = np.nan
+    found = cpu.max_pool(x, 2, 2, ((0, 0), (0, 0)))[0, :, :, 0]
+    np.testing.assert_array_equal(found, [[np.nan, 1], [1, 1]])
+
+
 def test_dense_of_several_weights_and_twice():
     x, weight = normal(0, 3, 9, 12, 6), normal(1, 3, 3, 6, 8)
     stride, pads = 2, ((0, 1), (1, 1))
@@ -182,13 +208,19 @@ def test_patches_are_a_convolution():
         assert_close(conv(jnp.asarray(images)), plain)
 
 
-def test_depthwise_gradients_of_a_sharded_batch():
+@pytest.mark.parametrize("dense", [False, True])
+def test_gradients_of_a_sharded_batch(dense):
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     over_batch = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    x, weight, pads = normal(0, 16, 9, 9, 8), normal(1, 3, 3, 1, 8), ((1, 1), (1, 1))
+    x, pads = normal(0, 16, 9, 9, 8), ((1, 1), (1, 1))
+    weight = normal(1, 3, 3, 8 if dense else 1, 8)
 
     def loss(x, weight):
-        return jnp.sum(jnp.sin(cpu.depthwise_conv(x, weight, 2, pads)))
+        if dense:
+            x = cpu.max_pool(cpu.dense_conv(x, weight, 2, pads), 3, 2, pads)
+        else:
+            x = cpu.depthwise_conv(x, weight, 2, pads)
+        return jnp.sum(jnp.sin(x))
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
     sharded = gradients.lower(jax.device_put(x, over_batch), weight).compile()

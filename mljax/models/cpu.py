@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
+from mljax.models.taps import Pads, Spread, output_size, tap
 
 _HERE, _PLAIN, _PORTABLE = "here", "plain", "portable"
 _forms = contextvars.ContextVar("forms", default=_HERE)
@@ -72,28 +72,13 @@ def _using(forms: str) -> Iterator[None]:
         _forms.reset(token)
 
 
-def _tap(x: jax.Array, i: int, j: int, size: tuple[int, int], stride: int) -> jax.Array:
-    """The [batch, *size, channels] pixels of a padded map that tap (i, j) meets."""
-    batch, _, _, channels = x.shape
-    end = (batch, i + (size[0] - 1) * stride + 1, j + (size[1] - 1) * stride + 1)
-    return lax.slice(x, (0, i, j, 0), (*end, channels), (1, stride, stride, 1))
-
-
-def _output_size(x: jax.Array, kernel: int, stride: int, pads: Pads) -> tuple[int, int]:
-    height, width = (
-        (size + sum(pad) - kernel) // stride + 1
-        for size, pad in zip(x.shape[1:3], pads, strict=True)
-    )
-    return height, width
-
-
 def _shifted(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.Array:
     kernel = weight.shape[0]
-    height, width = _output_size(x, kernel, stride, pads)
+    height, width = output_size(x, kernel, stride, pads)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     weight = weight.astype(_wide(x))
     met = (
-        _tap(padded, i, j, (height, width), stride) * weight[i, j, 0]
+        tap(padded, i, j, (height, width), stride) * weight[i, j, 0]
         for i in range(kernel)
         for j in range(kernel)
     )
@@ -113,10 +98,10 @@ def stem_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.A
     whole batch round.
     """
     kernel, outputs = weight.shape[0], weight.shape[-1]
-    height, width = _output_size(x, kernel, stride, pads)
+    height, width = output_size(x, kernel, stride, pads)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     taps = [(i, j) for i in range(kernel) for j in range(kernel)]
-    met = [_tap(x, i, j, (height, width), stride) for i, j in taps]
+    met = [tap(x, i, j, (height, width), stride) for i, j in taps]
     flat = jnp.concatenate(met, -1).reshape(-1, len(taps) * x.shape[-1])
     return product(flat, weight.reshape(-1, outputs)).reshape(
         -1, height, width, outputs
@@ -185,7 +170,7 @@ def dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.
     """`convolve` of one group, whose gradient by the weight is a product a tap.
 
     XLA takes that gradient as a convolution with a kernel as large as the map, two to
-    six times as long.
+    six times as long. With a stride the one by the map is a product too.
     """
     return (_dense_conv if is_on("cpu") else convolve)(x, weight, stride, pads)
 
@@ -202,19 +187,80 @@ def _dense_forward(x, weight, stride, pads):
 def _dense_backward(stride, pads, saved, g):
     x, weight = saved
     x, g = lax.optimization_barrier((x, g))
-    (by_x,) = jax.vjp(lambda x: convolve(x, weight, stride, pads), x)[1](g)
+    by_x = _dense_input_gradient(x, g, weight, stride, pads)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     kernel = weight.shape[0]
     taps = [(i, j) for i in range(kernel) for j in range(kernel)]
     rows = g.reshape(-1, g.shape[-1]).astype(_wide(g))
     by_tap = []
     for i, j in taps:
-        met = lax.optimization_barrier(_tap(padded, i, j, g.shape[1:3], stride))
+        met = lax.optimization_barrier(tap(padded, i, j, g.shape[1:3], stride))
         by_tap.append(met.reshape(-1, x.shape[-1]).astype(rows.dtype).T @ rows)
     return by_x, jnp.stack(by_tap).reshape(weight.shape).astype(weight.dtype)
 
 
 _dense_conv.defvjp(_dense_forward, _dense_backward)
+
+
+def _dense_input_gradient(x, g, weight, stride, pads):
+    kernel, (channels, outputs) = weight.shape[0], weight.shape[2:]
+    if stride == 1 or kernel < stride:
+        return jax.vjp(lambda x: convolve(x, weight, stride, pads), x)[1](g)[0]
+    # One product gives what each pixel of g is worth to each tap. XLA would take a
+    # convolution of g with zeros between its pixels.
+    by_tap = weight.astype(_wide(g)).transpose(3, 0, 1, 2).reshape(outputs, -1)
+    worth = g.reshape(-1, outputs).astype(by_tap.dtype) @ by_tap
+    spread = Spread(kernel, stride, pads, x.shape)
+    worth = lax.optimization_barrier(spread.pad(worth.reshape(*g.shape[:3], -1)))
+
+    def of_tap(i: int, j: int) -> jax.Array:
+        first = (i * kernel + j) * channels
+        part = lax.slice_in_dim(worth, first, first + channels, axis=3)
+        return spread.meeting(part, i, j)
+
+    return spread.add_up(of_tap, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def max_pool(x: jax.Array, kernel: int, stride: int, pads: Pads) -> jax.Array:
+    """The largest of k x k pixels: x [batch, H, W, C] -> [batch, H', W', C].
+
+    Of several that are equally large the first gets the gradient, row by row, as in
+    XLA's own form, whose gradient looks for it once more and then scatters.
+    """
+    return functools.reduce(jnp.maximum, _pooled(x, kernel, stride, pads))
+
+
+def _pooled(x, kernel, stride, pads):
+    size = output_size(x, kernel, stride, pads)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    # Or what makes the map (BatchNorm) would be computed anew for every tap.
+    x = lax.optimization_barrier(x)
+    return [tap(x, i, j, size, stride) for i in range(kernel) for j in range(kernel)]
+
+
+def _pool_forward(x, kernel, stride, pads):
+    best, *others = _pooled(x, kernel, stride, pads)
+    winner = jnp.zeros(best.shape, jnp.int32)
+    for place, other in enumerate(others, 1):
+        winner = jnp.where(other > best, place, winner)
+        best = jnp.maximum(best, other)
+    return best, (winner, x[:0])  # nothing but the shape of x
+
+
+def _pool_backward(kernel, stride, pads, saved, g):
+    winner, x = saved
+    spread = Spread(kernel, stride, pads, (len(g), *x.shape[1:]))
+    winner, g = lax.optimization_barrier((spread.pad(winner, -1), spread.pad(g)))
+
+    def of_tap(i: int, j: int) -> jax.Array:
+        won = spread.meeting(winner, i, j) == i * kernel + j
+        return jnp.where(won, spread.meeting(g, i, j), 0)
+
+    return (spread.add_up(of_tap, x.dtype),)
+
+
+max_pool.defvjp(_pool_forward, _pool_backward)
 
 
 def image_means(x: jax.Array) -> jax.Array:
@@ -246,34 +292,9 @@ def _backward(stride, pads, saved, g):
 
 
 def _input_gradient(g, weight, stride, pads, shape):
-    """Pixel p of the padded map gets g[q] weight[t] for every q stride + t = p.
-
-    With stride 2 the pixels of even and of odd rows and columns meet different taps:
-    each of the four kinds is a sum of shifted slices of g, and they are interleaved.
-    """
-    kernel, (_, height, width, _) = weight.shape[0], shape
-    rows = -(-(pads[0][0] + height) // stride)  # pixels of each kind
-    columns = -(-(pads[1][0] + width) // stride)
-    before = (kernel - 1) // stride
-    after = [max(rows - g.shape[1], 0), max(columns - g.shape[2], 0)]
-    dtype, weight = g.dtype, weight.astype(_wide(g))
-    g = jnp.pad(g, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
-
-    def kind(top: int, left: int) -> jax.Array:
-        met = (
-            _tap(g, before - i // stride, before - j // stride, (rows, columns), 1)
-            * weight[i, j, 0]
-            for i in range(top, kernel, stride)
-            for j in range(left, kernel, stride)
-        )
-        return functools.reduce(operator.add, met).astype(dtype)
-
-    kinds = range(stride)
-    x = jnp.stack(
-        [jnp.stack([kind(top, left) for left in kinds], 3) for top in kinds], 2
-    )
-    x = x.reshape(shape[0], rows * stride, columns * stride, shape[3])
-    return x[:, pads[0][0] : pads[0][0] + height, pads[1][0] : pads[1][0] + width]
+    spread, dtype = Spread(weight.shape[0], stride, pads, shape), g.dtype
+    weight, g = weight.astype(_wide(g)), spread.pad(g)
+    return spread.add_up(lambda i, j: spread.meeting(g, i, j) * weight[i, j, 0], dtype)
 
 
 def _weight_gradient(x, g, weight, stride, pads):
@@ -293,7 +314,7 @@ def _weight_gradient(x, g, weight, stride, pads):
     def products(row):
         above = lax.dynamic_slice_in_dim(x, row * stride, kernel, axis=1)
         g_row = lax.dynamic_slice_in_dim(g, row, 1, axis=1).astype(kept)
-        return [_tap(above, i, j, (1, width), stride) * g_row for i, j in taps]
+        return [tap(above, i, j, (1, width), stride) * g_row for i, j in taps]
 
     def add_row(sums, row):
         return [total + a for total, a in zip(sums, products(row), strict=True)], None
