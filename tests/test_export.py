@@ -17,12 +17,14 @@ from test_label_graph import some_graph
 from mljax import checkpoint, decision, export, predict
 from mljax import config as configs
 from mljax.calibration import Calibration
+from mljax.data import augment
 from mljax.data.shapes import CLASS_NAMES
 from mljax.decision import Decision
 from mljax.errors import UserError
 from mljax.formats import FORMATS, onnx_file
 from mljax.label_graph_data import LabelGraph
 from mljax.models import BACKBONES, HEADS, build_model, cpu, pretrained
+from mljax.models.batch_norm import BatchNorm
 from mljax.models.functional import split
 
 NAMES = CLASS_NAMES
@@ -44,8 +46,25 @@ def small_networks(monkeypatch):
         monkeypatch.setitem(BACKBONES, name, make)
 
 
+def take_statistics(model, size):
+    """BatchNorm's statistics are those of the sample pictures, as after training.
+
+    Otherwise the values grow from layer to layer, and what is rounded grows with them.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.momentum = 1.0
+    model(augment.normalise(export.samples(size, size)), train=True, rngs=nnx.Rngs(0))
+
+
 def save_run(
-    folder, head="gcn", backbone="small_mobile", size=32, decided=True, flip=False
+    folder,
+    head="gcn",
+    backbone="small_mobile",
+    size=32,
+    decided=True,
+    flip=False,
+    statistics=False,
 ):
     """A work directory as training and mljax.thresholds leave it."""
     config = configs.load("configs/shapes.py", "debug")
@@ -62,6 +81,8 @@ def save_run(
     model = build_model(
         config.model, len(NAMES), angular=True, rngs=nnx.Rngs(0), graph=graph
     )
+    if statistics:
+        take_statistics(model, size)
     params, batch_stats = split(model)
     saves = checkpoint.Checkpoints(folder / "best")
     weights = {"params": params, "batch_stats": batch_stats}

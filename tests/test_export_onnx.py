@@ -132,7 +132,7 @@ def test_half_of_an_onnx_file_is_named(tmp_path, capsys):
 @pytest.mark.parametrize("backbone", sorted(set(BACKBONES) - set(SMALL)))
 def test_onnx_with_every_backbone(backbone, tmp_path, capsys):
     size = 224 if backbone.startswith("vit") else 72  # odd maps inside
-    run = save_run(tmp_path / "run", "linear", backbone, size)
+    run = save_run(tmp_path / "run", "linear", backbone, size, statistics=True)
     output = outputs_of("onnx", tmp_path / "model")
     # It is refused unless it is the checkpoint.
     assert "written: " in call(capsys, *flags(run, "onnx", output))
