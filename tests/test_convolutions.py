@@ -73,7 +73,7 @@ def test_depthwise_equals_lax(kernel, stride, padding, size):
 
 
 @pytest.mark.parametrize("padding", ["same", 0, 1])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (2, 2), (5, 3)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (2, 2), (5, 3), (2, 3)])
 def test_dense_equals_lax(kernel, stride, padding):
     x, weight = normal(0, 3, 9, 12, 6), normal(1, kernel, kernel, 6, 8)
     pads = layers._pads((9, 12), kernel, stride, padding)

@@ -4,6 +4,7 @@ XLA runs a grouped convolution on the CPU one channel at a time (10 to 275 times
 slower than it should be), so a depthwise convolution is written as a sum of shifted
 slices. Its derivatives are given by hand: those that autodiff derives read the whole
 map once per tap, and XLA fuses what follows the convolution into each of these reads.
+The gradients of other convolutions are matrix products, a max-pool shifted slices too.
 """
 
 import contextlib

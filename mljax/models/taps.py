@@ -20,6 +20,7 @@ def tap(x: jax.Array, i: int, j: int, size: tuple[int, int], stride: int) -> jax
 
 
 def output_size(x: jax.Array, kernel: int, stride: int, pads: Pads) -> tuple[int, int]:
+    """Height and width of what a kernel gives for x [batch, H, W, C]."""
     height, width = (
         (size + sum(pad) - kernel) // stride + 1
         for size, pad in zip(x.shape[1:3], pads, strict=True)
@@ -50,6 +51,7 @@ class Spread(NamedTuple):
 
     @property
     def before(self) -> int:
+        """Rows, and columns, of zeros that a padded output begins with."""
         return (self.kernel - 1) // self.stride
 
     def pad(self, g: jax.Array, value: int = 0) -> jax.Array:
@@ -62,7 +64,7 @@ class Spread(NamedTuple):
 
     def meeting(self, g: jax.Array, i: int, j: int) -> jax.Array:
         """The pixels of a padded g that give by tap (i, j)."""
-        row, column = (self.before - tap // self.stride for tap in (i, j))
+        row, column = (self.before - place // self.stride for place in (i, j))
         return tap(g, row, column, self.size, 1)
 
     def add_up(
