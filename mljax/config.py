@@ -308,11 +308,6 @@ def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
 
 def validate_devices(config: ConfigDict, devices: int) -> None:
     """Raises UserError if a batch cannot be split evenly over `devices`."""
-    if config.eval.batch_size % devices:
-        raise UserError(
-            f"config.eval.batch_size = {config.eval.batch_size}: must be divisible by "
-            f"the {devices} devices"
-        )
     parts = devices * _first_pass_parts(config)
     if config.sam.every_images > 1 and config.batch_size % parts:
         nearest = max(parts, round(config.batch_size / parts) * parts)
@@ -336,8 +331,13 @@ def fit_devices(config: ConfigDict, devices: int) -> None:
     """Changes the config of a run so that its model can be evaluated on `devices`,
     whatever it was trained on."""
     config.mesh.data, config.mesh.fsdp = -1, 1
-    config.eval.batch_size = devices * -(-config.eval.batch_size // devices)
+    config.eval.batch_size = shared(config.eval.batch_size, devices)
     without_step(config)
+
+
+def shared(images: int, devices: int) -> int:
+    """So many images, or as few more as `devices` can share equally."""
+    return devices * -(-images // devices)
 
 
 def without_step(config: ConfigDict) -> None:

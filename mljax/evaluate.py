@@ -32,6 +32,7 @@ def run(
     variants: Mapping[str, Mapping[str, Any]],
     batches: Iterable[Mapping[str, np.ndarray]],
     sharding: jax.sharding.NamedSharding,
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, Scores]:
     """Runs every variant over the batches, which are read once.
 
@@ -40,6 +41,7 @@ def run(
         variants: name -> {"params", "batch_stats"}.
         batches: of `data.pipeline.eval_batches`: this host's rows.
         sharding: of a batch.
+        before_batch: called before each of them.
 
     Returns:
         name -> scores of all images of all hosts, each once, sorted by index.
@@ -49,6 +51,8 @@ def run(
         name: [] for name in ("labels", "index", "mask", "ok")
     }
     for batch in batches:
+        if before_batch:
+            before_batch()
         arrays = global_batch(batch, sharding)
         # All variants are dispatched before the first one is waited for.
         running = {

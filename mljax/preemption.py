@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -40,6 +40,16 @@ class Watch:
 
             return multihost_utils.reached_preemption_sync_point(step)
         return bool(self.received)
+
+    def stops(self, step: int) -> Callable[[], None]:
+        """For a long evaluation after `step`: raises `stopped` once this run is asked
+        to stop. Does nothing with several processes, which agree after steps only."""
+
+        def check() -> None:
+            if self.received and not self.many:
+                raise self.stopped(step)
+
+        return check
 
     def stopped(self, step: int) -> Stopped:
         """What to raise once `step` is saved."""

@@ -49,18 +49,25 @@ class Run(NamedTuple):
     eval_step: Callable[..., jax.Array]
 
     def scores(
-        self, variants: dict[str, dict[str, Any]], source: Source
+        self,
+        variants: dict[str, dict[str, Any]],
+        source: Source,
+        before_batch: Callable[[], None] | None = None,
     ) -> dict[str, evaluate.Scores]:
-        """Name -> scores of all images of `source`, for each set of weights."""
+        """Name -> scores of all images of `source`, for each set of weights.
+
+        `before_batch` is called before every batch, and may raise.
+        """
         batches = pipeline.eval_batches(
             source,
             data_config=self.config.data,
-            batch_size=self.config.eval.batch_size,
+            # Filled up with what does not count, as the last batch is.
+            batch_size=configs.shared(self.config.eval.batch_size, self.mesh.size),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
         rows = sharding.batch_sharding(self.mesh)
-        return evaluate.run(self.eval_step, variants, batches, rows)
+        return evaluate.run(self.eval_step, variants, batches, rows, before_batch)
 
     @property
     def is_pair(self) -> bool:

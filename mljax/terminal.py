@@ -98,6 +98,11 @@ class Terminal:
         if self.start:
             self.say(f"resumed at step {self.start}")
 
+    def profile(self, trace: Path | None) -> None:
+        """Where a profiler's trace was written, if one was."""
+        if trace:
+            self.say(f"profile: {trace}")
+
     def first_step(self, seconds: float) -> None:
         self.say(
             f"first step done {seconds:.1f} s after the start (compiling included)"

@@ -33,7 +33,7 @@ from mljax import (
 from mljax.checkpoint import Checkpoints, finishing
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
-from mljax.errors import UserError
+from mljax.errors import Stopped, UserError
 from mljax.progress import Progress
 from mljax.run import (
     Run,
@@ -279,9 +279,8 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     )
     terminal = Terminal(config, folder, steps_per_epoch, total_steps, start)
     terminal.opening(run, sources, made.chosen_on, state.params, made.notes)
-    if jax.process_count() > 1:
-        terminal.say(f"hosts:   process {hosts.names()}")
-    for line in filter(None, (lock.note, found)):
+    process = f"hosts:   process {hosts.names()}" if jax.process_count() > 1 else ""
+    for line in filter(None, (process, lock.note, found)):
         terminal.say(line)
     if graph is not None:
         terminal.say("\n".join(label_graph_data.report(graph)))
@@ -293,10 +292,16 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         progress.take(values, config.train.max_bad_steps)
         terminal.step(at, values, progress)
 
-    def judge(at: int, epoch: int) -> None:
+    def judge(at: int, epoch: int, check: Callable[[], None] | None = None) -> None:
         """Evaluates step `at`, keeps the weights if they are the best so far."""
         variants = results.variants(state, run.is_pair)
-        scores = run.scores(variants, made.judge)
+        try:
+            scores = run.scores(variants, made.judge, check)
+        except (UserError, Stopped):  # of several processes perhaps in one alone
+            if at > start and jax.process_count() == 1:
+                progress.evaluation_due = True
+                save(at)
+            raise
         progress.unreadable.update(evaluate.unreadable(scores, made.judge.names))
         terminal.unreadable(progress)
         # One process decides: on another processor the last bit may differ.
@@ -368,8 +373,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             )
             every = config.train.checkpoint_every
             stop = watch.asked(at)
-            if trace := profiler.after(at, metrics, stop or at == total_steps):
-                terminal.say(f"profile: {trace}")
+            terminal.profile(profiler.after(at, metrics, stop or at == total_steps))
             if inside and not stop and not (every and at % every == 0):
                 continue
             absorb(*previous)
@@ -377,9 +381,9 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             # There may be seconds left, too few to evaluate: that is done first then.
             progress.evaluation_due = due and stop
             if due and not stop:
-                judge(at, epoch)
-            if progress.stopped and (trace := profiler.end()):
-                terminal.say(f"profile: {trace}")
+                judge(at, epoch, watch.stops(at))
+            if progress.stopped:
+                terminal.profile(profiler.end())
             save(at)
             if stop:
                 last.close()

@@ -91,11 +91,11 @@ def test_batch_must_divide_over_devices():
     configs.validate_devices(config, 8)
 
 
-def test_evaluation_batch_must_divide_over_devices():
+def test_evaluation_takes_any_number_of_devices():
     config = configs.common()
-    config.batch_size = 84
-    with pytest.raises(UserError, match=r"eval\.batch_size = 128.*by the 3 devices"):
-        configs.validate_devices(config, 3)
+    assert config.eval.batch_size == 128
+    configs.validate_devices(config, 3)
+    assert [configs.shared(128, n) for n in (1, 3, 8, 129)] == [128, 129, 128, 129]
 
 
 def test_a_run_can_be_evaluated_on_other_devices():

@@ -1,6 +1,7 @@
 """The launchers as far as one machine can; `local_hosts.sh` is run in test_hosts."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+
+from mljax import config as configs
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
@@ -275,6 +278,25 @@ def test_restarting_passes_sigterm_on(tmp_path):
     assert process.wait(timeout=20) == 75
 
 
+def check_devices(command: str, devices: int) -> None:
+    """A run with these flags can be shared by so many devices."""
+    name = re.search(r"--config[= ](\S+)", command)[1]
+    config = configs.load(name)
+    for key, value in re.findall(r"--config\.(\S+?)=(\S+)", command):
+        configs.override(config, key, value)
+    configs.validate(config)
+    configs.validate_devices(config, devices)
+
+
+def test_the_commands_of_the_pages_suit_their_machines():
+    for file, devices in ((LAUNCH / "README.md", 16), (ROOT / "README.md", 16)):
+        text = file.read_text().replace("\\\n", " ")
+        found = re.findall(r"^(?:sbatch|bash launch/tpu_vm.sh run) .*", text, re.M)
+        assert len(found) == 2
+        for command in found:
+            check_devices(command.replace("...", "--config.data.root=x"), devices)
+
+
 def test_gke_jobsets():
     text = (LAUNCH / "gke_jobset.yaml").read_text()
     jobsets = {d["metadata"]["labels"]["variant"]: d for d in yaml.safe_load_all(text)}
@@ -293,6 +315,8 @@ def test_gke_jobsets():
         (container,) = pod["containers"]
         names = {mount["name"] for mount in container["volumeMounts"]}
         assert names == {volume["name"] for volume in pod["volumes"]}
+        chips = container["resources"]["limits"].popitem()[1] * job["parallelism"]
+        check_devices(" ".join(container["args"]), chips)
     gpu = jobsets["gpu"]
     job = gpu["spec"]["replicatedJobs"][0]
     pod = job["template"]["spec"]["template"]["spec"]

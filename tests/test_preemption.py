@@ -11,7 +11,7 @@ import pytest
 from runs import ROOT, TINY, environment, last_line, same_results
 from tiny_program import Tiny
 
-from mljax import config, memory, models, preemption, speed, train
+from mljax import config, evaluate, memory, models, preemption, speed, train
 from mljax.checkpoint import Checkpoints
 from mljax.errors import Stopped, UserError
 from mljax.terminal import Terminal
@@ -62,6 +62,36 @@ def test_sigterm_at_any_step(settings, monkeypatch, tmp_path, capsys):
         assert f"resumed at step {step}" in capsys.readouterr().out
         same_results(tmp_path / "whole", run)
     assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_what_ends_an_evaluation_costs_no_steps(settings, monkeypatch, tmp_path):
+    """A signal in it, or a picture that cannot be read."""
+    train.train(settings, str(tmp_path / "whole"))
+    run = evaluate.run
+
+    def signalled(step, variants, batches, *rest):
+        return run(step, variants, send(batches), *rest)
+
+    def send(batches):
+        for batch in batches:
+            signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    def unreadable(step, variants, batches, *rest):
+        raise UserError("photo.jpg: cannot be read")
+
+    for name, form, error in (
+        ("signalled", signalled, Stopped),
+        ("unreadable", unreadable, UserError),
+    ):
+        folder = tmp_path / name
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(evaluate, "run", form)
+            train.train(settings, str(folder))
+        assert Checkpoints(folder / "checkpoints").latest() == 4
+        assert not (folder / "metrics.jsonl").read_text()
+        train.train(settings, str(folder))
+        same_results(tmp_path / "whole", folder)
 
 
 @pytest.mark.slow

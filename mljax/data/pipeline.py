@@ -175,8 +175,8 @@ def _stream(
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
                 raise UserError(
-                    f"{source.names[first]}: cannot be read ({reason}); replace it, "
-                    "take it off the list or set data.on_error=skip"
+                    f"{source.names[first]}: cannot be read ({reason}); replace it or "
+                    "set data.on_error=skip (without it on the list it is a new run)"
                 ) from None
             unreadable.update(reasons)
             yield _batch(source, pictures, index, unreadable)
