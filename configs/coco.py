@@ -32,7 +32,7 @@ The figures were chosen on the test images; data.holdout chooses on a part of tr
 
 from ml_collections import ConfigDict
 
-from mljax.recipes import Tfds, recipe
+from mljax.recipes import Counts, Tfds, recipe
 
 PUBLISHED = {
     "tf_efficientnetv2_s,ml_decoder": 88.75,
@@ -45,13 +45,14 @@ PUBLISHED = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    counts = Counts(labels=80, train=0, val=40_137)
     tfds = Tfds("coco/2014", "train", "validation")
     original = {
         "name": "coco",
         "train": "annotations/instances_train2014.json",
         "val": "annotations/instances_val2014.json",
     }
-    config = recipe(arg, PUBLISHED, tfds, original)
+    config = recipe(arg, PUBLISHED, counts, tfds, original)
     # The annotation files that the figures were measured on list no other images.
     config.data.drop_unlabelled = config.data.name != "annotations"
     return config

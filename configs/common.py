@@ -62,6 +62,9 @@ def get_config(arg: str = "") -> ConfigDict:
     data.drop_missing = False  # leave out images whose files are not there
     # Leave out images without any label (COCO: the usual 40,137 of 40,504 of val2014).
     data.drop_unlabelled = False
+    # Of a known data set with so many labels: the images that it has, 0 = any. Where
+    # others are found, a line at the start says so.
+    data.expected = ConfigDict(dict(labels=0, train=0, val=0))
     data.num_train = 0  # shapes: how many pictures are drawn
     data.num_val = 0
     # Pixels: 448 (a square) or (height, width), on the command line 320,480.
@@ -228,7 +231,8 @@ def get_config(arg: str = "") -> ConfigDict:
     optim.b2 = 0.99
     optim.eps = 1e-8
     optim.bias_lr_factor = 2.0  # learning rate of biases over that of the rest
-    optim.decay_bias_and_norm = False  # weight decay on biases and 1-D parameters too
+    # Weight decay on biases, 1-D parameters and learned queries and positions too.
+    optim.decay_bias_and_norm = False
     optim.clip_norm = 0.0  # largest global gradient norm; 0 = no clipping
     # Fine-tuning. freeze: parameters that are not trained, as prefixes of their paths
     # separated by commas: "backbone", "backbone.conv_stem, backbone.blocks.0".

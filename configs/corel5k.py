@@ -5,10 +5,10 @@ python -m mljax.main --config configs/corel5k.py --workdir runs/corel5k \
 
 FOLDER holds train.json and val.json (36 labels, 4,213 / 466 photos); WEIGHTS is timm's
 tf_mobilenetv3_large_minimal_100. `:plain` has what the published PyTorch
-implementation was run with (but for the shorter EMA) and no more; `:crops` adds random
-crops, from which the linear head gains and those that learn more slowly lose;
-`:momentum` takes Momentum-SAM, and with one pass a step twice the epochs; `:debug` runs
-one epoch of 32 x 32 pictures.
+implementation was run with, but for the shorter EMA and the antialiased resize, and no
+more; `:crops` adds random crops, from which the linear head gains and those that learn
+more slowly lose; `:momentum` takes Momentum-SAM, and with one pass a step twice the
+epochs; `:debug` runs one epoch of 32 x 32 pictures.
 """
 
 from ml_collections import ConfigDict

@@ -32,11 +32,12 @@ here is not known.
 
 from ml_collections import ConfigDict
 
-from mljax.recipes import recipe
+from mljax.recipes import Counts, recipe
 
 PUBLISHED = {"tresnet_v2_l,ml_decoder": 68.3, "tresnet_l,linear,asl": 65.2}
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    counts = Counts(labels=81, train=0, val=50_720)
     original = {"name": "nuswide", "train": "Train", "val": "Test"}
-    return recipe(arg, PUBLISHED, original=original, other_split=True)
+    return recipe(arg, PUBLISHED, counts, original=original, other_split=True)

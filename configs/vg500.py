@@ -23,13 +23,14 @@ labels each) and VOC (graph), with RandAugment, Cutout and the flip.
 
 from ml_collections import ConfigDict
 
-from mljax.recipes import recipe
+from mljax.recipes import Counts, recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    counts = Counts(labels=500, train=0, val=10_000)
     original = {
         "name": "vg500",
         "train": "train_list_500.txt",
         "val": "test_list_500.txt",
     }
-    return recipe(arg, published={}, original=original)
+    return recipe(arg, {}, counts, original=original)

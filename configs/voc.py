@@ -35,7 +35,7 @@ with ML-Decoder here is not known (23 is that of COCO).
 
 from ml_collections import ConfigDict
 
-from mljax.recipes import Tfds, recipe
+from mljax.recipes import Counts, Tfds, recipe
 
 PUBLISHED = {
     "tf_efficientnetv2_s,ml_decoder": 95.86,
@@ -46,9 +46,10 @@ PUBLISHED = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    counts = Counts(labels=20, train=5_011, val=4_952)
     tfds = Tfds("voc/2007", "train+validation", "test")
     original = {"name": "voc", "train": "trainval", "val": "test"}
-    config = recipe(arg, PUBLISHED, tfds, original)
+    config = recipe(arg, PUBLISHED, counts, tfds, original)
     # The graph of the paper is counted by objects, which TFDS does not tell.
     graph = config.model.head in ("gcn", "gat")
     config.model.graph.by_occurrences = graph and config.data.name != "tfds"

@@ -49,6 +49,8 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         if changed:
             print(f"config:  {changed} (the run's own: {folder / workdir.CONFIG})")
+        for note in val.notes:
+            print(f"val:     {note}")
         print(results.table(val.class_names, per_class, val, report))
         if count := report.get("nan_images"):
             print(nan_note(count))

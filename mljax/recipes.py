@@ -53,6 +53,14 @@ HEADS = {
 }
 
 
+class Counts(NamedTuple):
+    """How large a data set is known to be; 0 images = not known."""
+
+    labels: int
+    train: int
+    val: int
+
+
 class Tfds(NamedTuple):
     """A data set of TensorFlow Datasets and its splits."""
 
@@ -91,6 +99,7 @@ LOSSES = {"aam": _aam, "asl": _asl}
 def recipe(
     arg: str,
     published: Mapping[str, float],
+    counts: Counts,
     tfds: Tfds | None = None,
     original: Mapping[str, Any] | None = None,
     other_split: bool = False,
@@ -102,6 +111,7 @@ def recipe(
             the first of each), a size that `published` has, "tfds", "debug".
         published: mAP in percent by variant ("tresnet_v2_l,ml_decoder", with ",asl"
             where the loss is not aam and ",640" where the size is not 448).
+        counts: of the images of the figures.
         tfds: what "tfds" reads.
         original: what "original" changes in `config.data`.
         other_split: "original" has other images than those of the figures.
@@ -138,6 +148,7 @@ def recipe(
     config.model.head = chosen.get("head", next(iter(HEADS)))
     config.loss.name = chosen.get("loss", next(iter(LOSSES)))
     LOSSES[config.loss.name](config)
+    config.data.expected.update(counts._asdict())
     variant = [config.model.backbone, config.model.head]
     variant += [config.loss.name] if config.loss.name != "aam" else []
     variant += [chosen["size"]] if "size" in chosen else []
@@ -146,6 +157,7 @@ def recipe(
         config.data.update(original)
         if other_split:
             config.published_mAP = -1.0
+            config.data.expected.update(train=0, val=0)
     if tfds and chosen.get("source") == "tfds":
         config.data.name = "tfds"
         config.data.tfds_name = tfds.name

@@ -28,6 +28,9 @@ _LAST_SAVE = 30.0  # seconds in which a run that was told to stop may still be s
 FREE_KEYS = frozenset(
     {
         "data.root",
+        "data.expected.labels",
+        "data.expected.train",
+        "data.expected.val",
         "data.on_error",  # other images of a step stay the same
         "data.parallel_reads",
         "data.prefetch",

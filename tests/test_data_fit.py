@@ -10,6 +10,7 @@ from PIL import Image
 
 from mljax import images
 from mljax.data import annotations, decode, fit, pipeline
+from mljax.data.decode_part import decode_part
 
 SIZES = [(120, 200), (401, 97), (333, 500), (40, 61), (48, 64)]
 FITS = ["stretch", "letterbox", "crop"]
@@ -164,6 +165,17 @@ def test_crops_have_the_areas_and_shapes_asked_for():
     whole = found[:, 3] < 300  # the others were cut to the picture's width
     assert 0.74 < shape[whole].min() and shape.max() < 1.35
     assert found[:, 0].min() == 0 and found[:, 1].std() > 10
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole(subsampling):
+    noise = np.random.default_rng(0).integers(0, 256, (61, 103, 3), np.uint8)
+    data = encode(noise, quality=90, subsampling=subsampling)
+    whole = decode.decode(data, 10**6).numpy()
+    for left, width in ((0, 103), (0, 20), (13, 32), (16, 16), (32, 71), (47, 1)):
+        box = tf.constant([5, left, 40, width])
+        found = decode_part(data, 10**6, lambda size, box=box: (box, tf.constant(0)))
+        np.testing.assert_array_equal(found, whole[5:45, left : left + width])
 
 
 def test_whole_pictures_are_decoded_to_the_same_pixels():

@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 import source_trees
 from conftest import shared
+from data_trees import data_config, encode, write_json
 
 from mljax import config as configs
 from mljax import models, recipes
@@ -118,6 +120,28 @@ def test_recipes_read_the_published_files(name, folder, images, classes):
     # There are no images beside them.
     source = annotations.read(file, "val", data.max_pixels, missing="keep")
     assert source.labels.shape == (images, classes)
+    assert (data.expected.labels, data.expected.val) == (classes, images)
+
+
+def test_a_data_set_that_is_not_complete_is_told(tmp_path):
+    """But not another one, with other labels."""
+    photos = [["1.png", ["a"]], ["2.png", ["b"]], ["3.png", []]]
+    for path, _ in photos:
+        (tmp_path / path).write_bytes(encode(np.zeros((4, 4, 3), np.uint8), "PNG"))
+    write_json(tmp_path / "train.json", ["a", "b"], photos)
+    write_json(tmp_path / "val.json", ["a", "b"], photos[:2])
+    data = data_config(tmp_path)
+    for labels, train, val in ((0, 0, 0), (2, 3, 2), (2, 0, 0), (3, 9, 9)):
+        data.expected.update(labels=labels, train=train, val=val)
+        found = DATASETS["annotations"](data, 0)
+        assert not found.train.notes and not found.val.notes
+    data.expected.update(labels=2, train=1_000, val=2)
+    found = DATASETS["annotations"](data, 0)
+    assert not found.val.notes
+    assert found.train.notes == (
+        "3 images, not the 1,000 of the published data with 2 labels "
+        "(data.expected.train)",
+    )
 
 
 @pytest.mark.parametrize("name", ["coco", "voc", "nuswide", "vg500"])

@@ -4,12 +4,13 @@ its images as `Sources`: train, val and, with data.holdout, holdout.
 
 import functools
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 if TYPE_CHECKING:
-    from mljax.data.source import Sources
+    from mljax.data.source import Source, Sources
 
 
 def _load(module: str, data_config: ConfigDict, seed: int) -> "Sources":
@@ -21,10 +22,23 @@ def _load(module: str, data_config: ConfigDict, seed: int) -> "Sources":
     sources = load(data_config, seed)
     if data_config.drop_unlabelled:
         sources = {name: split.labelled(source) for name, source in sources.items()}
+    sources = {name: _counted(x, data_config.expected) for name, x in sources.items()}
     train, holdout = sources["train"], None
     if data_config.holdout:
         train, holdout = split.carve(train, data_config.holdout, seed)
     return Sources(train, sources["val"], holdout)
+
+
+def _counted(source: "Source", expected: ConfigDict) -> "Source":
+    """With a note where a known data set has other images than it should."""
+    count = expected[source.split]
+    if len(source.class_names) != expected.labels or len(source) == count or not count:
+        return source
+    note = (
+        f"{len(source):,} images, not the {count:,} of the published data with "
+        f"{expected.labels} labels (data.expected.{source.split})"
+    )
+    return replace(source, notes=(*source.notes, note))
 
 
 DATASETS = {

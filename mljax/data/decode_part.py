@@ -13,6 +13,9 @@ import tensorflow as tf
 from mljax.data import decode
 
 REDUCTIONS = (1, 2, 4, 8)  # what the format allows
+# Columns decoded beside a box: libjpeg draws colours, of which it has one for two
+# columns, between their neighbours, and has none beyond what it was told to decode.
+_BESIDE = 16
 
 # size int32 [2] (height, width) -> (box int32 [4]: first row, first column, height,
 # width; int32 scalar: which of REDUCTIONS)
@@ -65,17 +68,22 @@ def _part_of_jpeg(data: tf.Tensor, max_pixels: int, choose: Choose) -> tf.Tensor
 
     def upright() -> tf.Tensor:
         box, level = choose(shape)
-        small = _reduced(box, shape, level)
-        return _switch(
+        top, left, height, width = tf.unstack(_reduced(box, shape, level))
+        before = tf.minimum(left, _BESIDE)
+        whole = _reduced(tf.concat([[0, 0], shape], 0), shape, level)[3]
+        after = tf.minimum(whole - left - width, _BESIDE)
+        wider = tf.stack([top, left - before, height, before + width + after])
+        image = _switch(
             level,
             lambda ratio: tf.io.decode_and_crop_jpeg(
                 data,
-                small,
+                wider,
                 channels=3,
                 ratio=ratio,
                 dct_method="INTEGER_ACCURATE",
             ),
         )
+        return image[:, before : before + width]
 
     @decode.rare
     def turned() -> tf.Tensor:

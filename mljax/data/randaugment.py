@@ -144,8 +144,8 @@ def translate_y(image, share, sign, place):
 
 @rare
 def rotate(image, share, sign, place):
-    """Up to 30 degrees around the middle; counter-clockwise for the sign 1."""
-    angle = math.radians(30) * tf.cast(share * sign, tf.float64)
+    """Up to 30 degrees around the middle, counter-clockwise."""
+    angle = math.radians(30) * tf.cast(share, tf.float64)
     cos, sin = tf.cos(angle), tf.sin(angle)
     size = tf.cast(tf.shape(image)[:2], tf.float64)
     y, x = size[0] / 2, size[1] / 2
@@ -201,7 +201,9 @@ def _enhance(
     base: tf.Tensor, image: tf.Tensor, share: tf.Tensor, sign: tf.Tensor
 ) -> tf.Tensor:
     """`image` nearer to or farther from `base`: a factor of 0.1 to 1.9; cut off."""
-    factor = 1 + 0.9 * share * sign
+    # Rounded to float32 once, as PIL does: 1 - 0.6 would be below 0.4.
+    tenths = tf.cast(10 + tf.round(9 * share) * sign, tf.float64)
+    factor = tf.cast(tenths / 10, tf.float32)
     base = tf.cast(base, tf.float32)
     mixed = base + factor * (tf.cast(image, tf.float32) - base)
     return tf.cast(tf.clip_by_value(mixed, 0, 255), tf.uint8)

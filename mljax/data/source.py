@@ -70,7 +70,7 @@ class Source:
     def take(self, indices: np.ndarray, split: str | None = None) -> "Source":
         """The images `indices` ([n] integers) as a source of their own, in that order.
 
-        `split` names the new source; None keeps the name.
+        `split` names the new source, which has no notes; None keeps both.
         """
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
@@ -91,6 +91,7 @@ class Source:
             content=taken,
             encoded=encoded and (lambda i: encoded(tf.gather(rows, i))),
             objects=None if self.objects is None else self.objects[indices],
+            notes=self.notes if split in (None, self.split) else (),
         )
 
 
