@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
             f"--output {folder}: {there[0].name} exists ({len(there)} of {len(files)} "
             "do); name another folder, or add --overwrite"
         )
+    program.quiet()
     from mljax import backend, heatmap_pictures, heatmaps
 
     backend.set_up()
@@ -65,16 +66,15 @@ def run(args: argparse.Namespace) -> None:
     unreadable = 0
     for start in range(0, len(paths), heatmaps.BATCH):
         part = slice(start, start + heatmaps.BATCH)
-        photos = {}
+        photos, readable = {}, []
         for path, file in zip(paths[part], files[part], strict=True):
             try:
                 photos[file] = model.photo(path)
+                readable.append(path)  # which the model sees as `predict` reads it
             except UserError as error:
                 unreadable += 1
                 print(error, file=sys.stderr)
-        found = model.heatmaps(
-            list(photos.values()), args.label, top=args.top, method=args.method
-        )
+        found = model.heatmaps(readable, args.label, top=args.top, method=args.method)
         if photos:  # and label and method are known to be right
             _make(folder)
         for (file, photo), maps in zip(photos.items(), found, strict=True):

@@ -177,9 +177,10 @@ class Explainer:
             if self.config.eval.flip:  # the maps are of the photo as it is
                 mirrored = network.head(network.backbone(pixels[:, :, ::-1]))
                 scores = (scores + mirrored) / 2
-            likeliest = jnp.argsort(-scores, axis=1, stable=True)[:, : len(few)]
-            chosen = jnp.where(few < 0, likeliest, few)
             p = decision.probabilities(scores, self.config.loss, self._calibration)
+            # By score where probabilities are equal, all but 1 for example.
+            likeliest = jnp.lexsort((-scores, -p), axis=1)[:, : len(few)]
+            chosen = jnp.where(few < 0, likeliest, few)
             p = jnp.take_along_axis(p, chosen, 1)
             maps = maps_of(network.head, feature_map, chosen)
             return p, chosen, maps.astype(jnp.float32)

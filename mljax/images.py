@@ -254,7 +254,10 @@ def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     if orientation > 1:
         image = image.transpose(_TURNS[orientation])
     if image.mode.startswith("I"):  # 16-bit grey
-        grey = np.asarray(image).astype(np.int64) >> 8
+        grey = np.asarray(image).astype(np.int64)
+        # Unless it is what PIL makes of 8 bits, which no file holds.
+        if image.format or image.mode != "I" or grey.max(initial=0) > 255:
+            grey >>= 8
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, 2)
     if image.format == "GIF" and not getattr(image, "tell", int)():
         return _first_frame(image)

@@ -226,6 +226,7 @@ def run(args: argparse.Namespace) -> None:
     if args.show:
         check_writable("--show", Path(args.show))
     paths = find_images(args.images)
+    program.quiet()
     with writer(args.output) as output:  # an unwritable place is found before the work
         from mljax import backend
 

@@ -15,6 +15,9 @@ from mljax.errors import UserError
 
 FORMATS = (".csv", ".json", ".jsonl")
 _IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+# These are images too: of the formats above by what is in them, or they get a row that
+# says why they cannot be read.
+_OTHERS = (".jpe", ".jfif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl")
 _BETWEEN = ";"  # labels in a cell of a CSV file
 _FIXED = ("path", "labels", "error")  # its other columns
 
@@ -48,8 +51,8 @@ def find_images(what: str) -> list[str]:
         found = sorted(
             str(file)
             for file in _files_below(path)
-            if file.suffix.lower() in _IMAGES
-            and file.is_file()
+            if file.suffix.lower() in _IMAGES + _OTHERS
+            and (file.is_file() or file.is_symlink())
             and not file.name.startswith("._")  # what macOS leaves beside a file
         )
         if not found:
@@ -59,7 +62,7 @@ def find_images(what: str) -> list[str]:
             )
         return found
     if path.is_file():
-        if path.suffix.lower() in _IMAGES:
+        if path.suffix.lower() in _IMAGES + _OTHERS:
             return [what]
         return _read_list(path)
     found = sorted(p for p in glob.glob(what, recursive=True) if os.path.isfile(p))

@@ -1,5 +1,7 @@
 """Heat maps: their sums, their places, and the pictures."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,16 @@ from flax import nnx
 from PIL import Image
 from test_label_graph import some_graph
 
-from mljax import checkpoint, explain, heatmap_pictures, heatmaps, images, predict
+from mljax import (
+    checkpoint,
+    decision,
+    explain,
+    heatmap_pictures,
+    heatmaps,
+    images,
+    predict,
+)
+from mljax.calibration import Calibration
 from mljax.config import common
 from mljax.errors import UserError
 from mljax.models import build_head, build_model, vit
@@ -214,6 +225,21 @@ def test_labels_and_probabilities_are_those_of_predict(workdir):
         model.heatmaps(["none.jpg"])
 
 
+def test_the_likeliest_are_so_as_calibrated(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    bias = np.array([-3, 0, 2, 1], np.float32)
+    chosen = decision.default(len(NAMES))._replace(
+        calibration=Calibration(np.ones(len(NAMES), np.float32), bias)
+    )
+    decision.save(tmp_path / "run" / "best" / "1", NAMES, chosen)
+    image = photo(80, 200)
+    plain = heatmaps.load(workdir).heatmaps(image, top=4)[0].labels
+    (found,) = heatmaps.load(tmp_path / "run").heatmaps(image, top=4)
+    row = predict.load(tmp_path / "run").predict(image)[0]
+    assert found.labels == [NAMES[i] for i in np.argsort(-row)] != plain
+    np.testing.assert_allclose(found.probabilities, np.sort(row)[::-1], atol=1e-6)
+
+
 def test_tokens_of_a_vit_are_a_map():
     backbone = vit.VisionTransformer(24, 2, depth=1, rngs=nnx.Rngs(0))
     head = build_head("linear", backbone.num_features, CLASSES, rngs=nnx.Rngs(0))
@@ -240,7 +266,7 @@ def test_overlay_keeps_the_shape_of_the_photo():
     assert heatmap_pictures.overlay(image, np.ones((2, 2)))[0, 0].max() <= 1
 
 
-def test_pictures_of_a_folder(workdir, tmp_path, capsys):
+def test_pictures_of_a_folder(workdir, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "photos"
     (folder / "below").mkdir(parents=True)
     Image.fromarray(photo(90, 300)).save(folder / "1.jpg")
@@ -257,6 +283,22 @@ def test_pictures_of_a_folder(workdir, tmp_path, capsys):
     assert names == ["1.jpg.png", "1.png.png", "below/2.png.png"]
     with Image.open(files[0]) as drawn:
         assert drawn.width > 4 * 300
+    # A big JPEG is read as `predict` reads it: decoded smaller.
+    with monkeypatch.context() as patch:
+        seen = []
+        form = heatmaps.Explainer.heatmaps
+        patch.setattr(
+            heatmaps.Explainer,
+            "heatmaps",
+            lambda self, images, *rest, **more: (
+                seen.extend(images) or form(self, images, *rest, **more)
+            ),
+        )
+        assert explain.main([*flags, "--overwrite"]) == 0
+        assert seen == [
+            str(folder / name) for name in ("1.jpg", "1.png", "below/2.png")
+        ]
+    capsys.readouterr()
     assert explain.main(flags) == 1 and "exists" in capsys.readouterr().err
     assert explain.main([*flags, "--overwrite", "--label=<b>", "--label=$x_"]) == 0
     with Image.open(files[0]) as drawn:

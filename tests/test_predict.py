@@ -155,6 +155,10 @@ def test_kinds_of_images_in_python(checkpoint, photos):
     for single in (file, str(file), Image.fromarray(pixels), *arrays):
         found = predictor.predict(single)
         np.testing.assert_allclose(found, mixed[:1], atol=1e-6)
+    grey = Image.fromarray(pixels).convert("L")
+    grey_row, *others = predictor.predict([grey, *(grey.convert(m) for m in "IF")])
+    assert np.ptp(grey_row) > 0
+    np.testing.assert_allclose(others, [grey_row] * 2, atol=1e-6)
     cut = Image.open(photos / "cut.jpg")  # PIL decodes it when it must
     for bad in (
         [photos / "cut.jpg"],

@@ -25,3 +25,16 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert found == ["/1.jpg", "/4.jpg", "/more/2.jpg", "/x/below/3.jpg"]
     # A folder that is a link itself.
     assert find_images(str(album / "x")) == [str(album / "x/below/3.jpg")]
+
+
+def test_every_picture_of_a_folder_gets_a_row(tmp_path):
+    """By its name; what is in it is seen when it is read."""
+    names = ["a.JPG", "b.jfif", "c.heic", "d.tiff"]
+    for name in [*names, "notes.txt", "labels.json"]:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "e.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "f.jpg").mkdir()
+    expected = [str(tmp_path / name) for name in [*names, "e.jpg"]]
+    assert find_images(str(tmp_path)) == expected
+    for path in expected[:4]:
+        assert find_images(path) == [path]
