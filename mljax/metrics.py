@@ -37,7 +37,7 @@ def average_precision(
       [num_classes] float64 in [0, 1]; NaN where a class has no positive.
 
     Raises:
-      ValueError: NaN among the scores, another label, or shapes that differ.
+      ValueError: a NaN score whose label counts, another label, or shapes that differ.
     """
     scores, labels = _check_shapes("scores", scores, labels)
     num_images, num_classes = scores.shape
@@ -82,7 +82,7 @@ def mean_average_precision(
       The mean; NaN if no class is left to average.
 
     Raises:
-      ValueError: NaN among the scores, another label, or shapes that differ.
+      ValueError: a NaN score whose label counts, another label, or shapes that differ.
     """
     per_class = average_precision(scores, labels, envelope=envelope)
     empty = np.isnan(per_class)
@@ -116,8 +116,8 @@ def classification_report(
       {"CP", "CR", "CF1", "OP", "OR", "OF1"}, each in [0, 1].
 
     Raises:
-      ValueError: NaN among the probabilities, another label, shapes that differ,
-        a threshold of another shape, or top_k below 1 or no whole number.
+      ValueError: a NaN probability whose label counts, another label, shapes that
+        differ, a threshold of another shape, or top_k below 1 or no whole number.
     """
     probabilities, labels = _check_shapes("probabilities", probabilities, labels)
     num_images, num_classes = probabilities.shape
@@ -228,7 +228,7 @@ def _check_shapes(
 
 
 def _check_values(name: str, values: NDArray, labels: NDArray) -> None:
-    bad = np.isnan(values)
+    bad = np.isnan(values) & (labels != -1)
     if bad.any():
         raise ValueError(f"{name} must be numbers, got {np.count_nonzero(bad)} NaN")
     bad = (labels != 1) & (labels != 0) & (labels != -1)

@@ -68,7 +68,8 @@ def make_loss(
         weight: of the divergence, see `mean_kl`.
         scale: logits are scale * outputs (1, or the s of `aam`).
         batch_size: where the losses of parts of the batch are added up, the images of
-            all of it: the divergence of a part counts by its share of them.
+            all of it: the divergence of a part counts by its share of them. With labels
+            of -1 it is the mean over those of its own part that are known.
 
     Returns:
         loss({"one": outputs, "two": outputs}, labels [batch, num_classes]) -> scalar.

@@ -60,7 +60,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=float,
         default=10.0,
         help="a class with so many positives is half on its own, half as all classes "
-        "together (default: 10; 0 = on its own)",
+        "together; its labels count for half with a hundred times as many, before that "
+        "rather its calibrated probabilities (default: 10; 0 = its labels alone)",
     )
     add("--calibrate", choices=calibration.METHODS, help="the probabilities too")
     add("--per-class", action="store_true", help="calibrate each class, not all as one")

@@ -144,7 +144,7 @@ def test_order_of_images_and_scale_do_not_matter(envelope):
 
 def test_unannotated_entries_change_nothing():
     scores, labels = example()
-    for poison in (-1e9, 1e9, np.inf, 0.0):
+    for poison in (-1e9, 1e9, np.inf, np.nan, 0.0):
         other = np.where(labels == -1, poison, scores)
         np.testing.assert_array_equal(
             average_precision(other, labels), average_precision(scores, labels)
