@@ -1,5 +1,7 @@
 """The exceptions whose message is meant for the person at the terminal."""
 
+import errno
+
 
 class UserError(ValueError):
     """Something the user gave is wrong. `main` prints the message as one line.
@@ -26,7 +28,9 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         # A full disk, a folder without permission: the name and the reason suffice.
         where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror or error}"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free some space there, or name another place" * is_full
+        return f"{where}{error.strerror or error}{advice}"
     if isinstance(error, MemoryError):
         return (
             "this machine has too little memory: lower config.batch_size, "

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mljax import held_out, memory
+from mljax import held_out, memory, whole
 from mljax import main as program
 from mljax.errors import UserError
 from mljax.prediction_files import check_writable
@@ -144,10 +144,11 @@ def run(args: argparse.Namespace) -> None:
     source = held_out.load(about, args.data, args.root) if args.data else None
 
     form = FORMATS[args.format]
-    part = output.with_name(f".{output.name}.part")
+    part = whole.part_of(output)
     _remove(part)
     try:
-        form.write(made, part)
+        with whole.named(output):
+            form.write(made, part)
         found, _ = form.read(part)
         off = difference(found, expected, images)
         print(
@@ -162,7 +163,8 @@ def run(args: argparse.Namespace) -> None:
         if args.int8:
             from mljax.formats import int8
 
-            int8.quantise(part)
+            with whole.named(output):
+                int8.quantise(part)
             found, _ = form.read(part)
             off = difference(found, expected, images)
             print(f"int8:     probabilities differ by at most {off:.1e}")

@@ -111,4 +111,4 @@ def draw(file: Path, photo: np.ndarray, found: "Heatmaps") -> None:
         axis = figure.add_axes(box)
         axis.set_axis_off()
         axis.imshow(image, interpolation="nearest", aspect="auto")
-    figure.savefig(file)
+    pictures.save(figure, file)

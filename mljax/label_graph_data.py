@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mljax import label_graph_picture
+from mljax import label_graph_picture, whole
 from mljax.errors import UserError
 from mljax.word_embeddings import load_embeddings, random_embeddings
 
@@ -153,13 +153,15 @@ def report(graph: LabelGraph) -> list[str]:
 
 def save(folder: Path, graph: LabelGraph) -> None:
     """Writes label_graph.npz (plain arrays) and label_graph.png into `folder`."""
-    np.savez_compressed(
-        folder / "label_graph.npz",
-        class_names=np.asarray(graph.class_names),
-        cooccurrence=graph.cooccurrence,
-        embeddings=graph.embeddings,
-        tau=graph.tau,
-    )
+    file = folder / "label_graph.npz"
+    with whole.replacing(file) as part, part.open("wb") as handle:
+        np.savez_compressed(
+            handle,
+            class_names=np.asarray(graph.class_names),
+            cooccurrence=graph.cooccurrence,
+            embeddings=graph.embeddings,
+            tau=graph.tau,
+        )
     label_graph_picture.draw(
         folder / "label_graph.png", graph.class_names, graph.cooccurrence, graph.tau
     )

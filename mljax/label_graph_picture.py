@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mljax import pictures
 from mljax.label_text import all_scripts, shorten, width
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def draw(
     with all_scripts():
         made = figure(class_names, cooccurrence, tau)
         FigureCanvasAgg(made)
-        made.savefig(file)
+        pictures.save(made, file)
 
 
 def figure(

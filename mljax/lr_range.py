@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mljax import pictures
 from mljax.errors import UserError
 
 _KEPT = 0.9  # share of the running average that a new step leaves
@@ -134,4 +135,4 @@ def draw(file: Path, curve: Curve, found: Suggestion | None, title: str) -> None
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left", framealpha=1)
-    figure.savefig(file)
+    pictures.save(figure, file)

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mljax import config as configs
-from mljax import lr_range, results, sharding, train, workdir
+from mljax import lr_range, pictures, results, sharding, train, workdir
 from mljax.data import pipeline
 from mljax.errors import UserError
 from mljax.optim import Optimizer
@@ -343,4 +343,4 @@ def draw_trials(file: Path, trials: list[Trial], best: Trial, title: str) -> Non
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(loc="best", framealpha=1)
-    figure.savefig(file)
+    pictures.save(figure, file)

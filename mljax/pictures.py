@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mljax import whole
 from mljax.label_text import all_scripts, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHEET = 24  # images on one sheet
 _COLUMNS = 6
@@ -97,6 +102,12 @@ def shrink(photo: np.ndarray, side: int = round(_SIDE * _DPI)) -> np.ndarray:
     return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS))
 
 
+def save(figure: "Figure", file: Path) -> None:
+    """Writes a PNG whole or not at all. Raises OSError, which names it."""
+    with whole.replacing(file) as part:
+        figure.savefig(part, format="png")
+
+
 def _draw(
     file: Path,
     images: Sequence[np.ndarray],
@@ -139,7 +150,7 @@ def _draw(
     figure.subplots_adjust(
         0.01, below / height, 0.99, 1 - 0.3 / height, wspace=0.08, hspace=below / tall
     )
-    figure.savefig(file)
+    save(figure, file)
 
 
 def _lines(

@@ -11,6 +11,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from mljax import whole
 from mljax.errors import UserError
 
 FORMATS = (".csv", ".json", ".jsonl")
@@ -167,7 +168,7 @@ def check_writable(flag: str, path: Path) -> None:
 
     Tried with a file beside it: what a folder allows is known only then.
     """
-    part = _part(path)
+    part = whole.part_of(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
@@ -175,10 +176,6 @@ def check_writable(flag: str, path: Path) -> None:
         part.unlink()
     except OSError as error:
         raise _unwritable(flag, path, error) from None
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
 
 
 def _unwritable(flag: str, path: Path, error: OSError) -> UserError:
@@ -193,12 +190,13 @@ def writer(output: str) -> Iterator[Writer]:
 
     Raises:
         UserError: another format, or the file cannot be written there.
+        OSError: names it; the disk is full.
     """
     path = Path(output)
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise UserError(f"--output {output}: must end in {', '.join(FORMATS)}")
-    part = _part(path)
+    part = whole.part_of(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
@@ -211,7 +209,7 @@ def writer(output: str) -> Iterator[Writer]:
     except OSError as error:
         raise _unwritable("--output", path, error) from None
     try:
-        with file:
+        with whole.named(path), file:
             made = Writer(file, kind)
             yield made
             made.end()

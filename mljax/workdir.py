@@ -13,6 +13,7 @@ from typing import IO, Any
 from ml_collections import ConfigDict
 
 from mljax import config as configs
+from mljax import whole
 from mljax.errors import UserError
 
 CONFIG = "config.json"
@@ -20,7 +21,6 @@ HISTORY = "metrics.jsonl"
 SUMMARY = "metrics.json"
 UNREADABLE = "unreadable.txt"
 _LOCK = ".lock"
-_PART = ".part"
 _LAST_SAVE = 30.0  # seconds in which a run that was told to stop may still be saving
 
 # Keys that a run may change between a stop and the next start: they do not touch
@@ -207,17 +207,16 @@ def write_text(file: Path, text: str) -> None:
 
     if jax.process_index():
         return
-    part = file.with_name(f".{file.name}{_PART}")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(file)
+    with whole.replacing(file) as part:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def _is_part(file: Path) -> bool:
     """Whether a killed process has left this of a file that it was writing."""
-    return file.name.startswith(".") and file.name.endswith(_PART)
+    return file.name.startswith(".") and file.name.endswith(".part")
 
 
 def read_history(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from full_disk import small_files
 from jax import export as jax_export
 from PIL import Image
 from small_networks import SMALL
@@ -214,6 +215,17 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     call(capsys, *arguments, "--overwrite")
     np.testing.assert_allclose(export.load(output).thresholds, 0.3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.parametrize("form", EVERY_FORMAT)
+@pytest.mark.parametrize("size", [100, 9000])  # of a description, of weights
+def test_a_full_disk_is_one_line(form, size, tmp_path, capsys):
+    run = save_run(tmp_path / "run", "linear")
+    output = Path(outputs_of(form, tmp_path / "model"))
+    with small_files(size):
+        said = call(capsys, *flags(run, form, output))
+    assert said == f"error: {output}: File too large\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_one_file_runs_everywhere(tmp_path, capsys):

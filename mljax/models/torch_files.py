@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mljax import whole
 from mljax.errors import UserError
 
 # Where training scripts put the weights, best first. An average (EMA) is what they
@@ -79,21 +80,17 @@ def write(
     does: the file exists or has another ending, or .pth needs torch.
     """
     path = check_free(path)
-    whole = {name: np.array(value, order="C") for name, value in tensors.items()}
+    arrays = {name: np.array(value, order="C") for name, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole.replacing(path) as part:
         if path.suffix == ".safetensors":
             from safetensors.numpy import save
 
             about = {"format": "pt", "class_names": json.dumps(class_names)}
-            part.write_bytes(save(whole, metadata=about))
+            part.write_bytes(save(arrays, metadata=about))
         else:
             torch = _torch(path)
-            torch.save({k: torch.from_numpy(v) for k, v in whole.items()}, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+            torch.save({k: torch.from_numpy(v) for k, v in arrays.items()}, part)
 
 
 def to_numpy(value: Any) -> np.ndarray:
