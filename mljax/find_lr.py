@@ -16,6 +16,7 @@ with the one that was cut short, a range test from its start.
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -261,7 +262,7 @@ def tell(found: dict[str, Any], path: str) -> None:
                 print(f"note:      this is near --{end}={found[end]:g}: look beyond it")
         files = "trials.png, trials.csv, study.db (Optuna's)"
     print(f"pictures:  {Path(path)}: {files}")
-    print(f"use it:    --config.optim.lr_from={path}")
+    print(f"use it:    --config.optim.lr_from={shlex.quote(path)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ Heavy imports wait until the flags are known to be right.
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ def import_file(args: argparse.Namespace) -> None:
     )
     for note in weights.notes + notes:
         print(f"note:    {note}")
-    print(f"written: {to} (--config.init_from={args.to})")
+    print(f"written: {to} (--config.init_from={shlex.quote(args.to)})")
 
 
 def _settings(

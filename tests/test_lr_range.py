@@ -1,11 +1,12 @@
 """The curve of a range test, on losses whose answer is known."""
 
 import math
+import shlex
 
 import numpy as np
 import pytest
 
-from mljax import lr_range
+from mljax import find_lr, lr_range
 from mljax.errors import UserError
 
 
@@ -60,3 +61,12 @@ def test_divergence():
     assert curve.add(0.1, math.nan) and len(curve.loss) == 30  # left out
     assert not curve.add(0.1, 20.0)
     assert curve.add(0.1, 50.0)  # (0.9^2 x 1 + 0.09 x 20 + 0.1 x 50) > 4
+
+
+@pytest.mark.parametrize("path", ["runs/lr", "my runs/lr", "it's $HOME"])
+def test_what_is_said_of_it_can_be_copied_into_a_shell(capsys, path):
+    found = {"method": "trials", "lr": 0.1, "min": 0.01, "max": 1.0, "mAP": 0.5}
+    find_lr.tell(found | {"judged_on": "val"}, path)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(said)[-1] == f"--config.optim.lr_from={path}"
+    assert said.endswith(f"={path}") == (path == "runs/lr")
