@@ -237,6 +237,29 @@ def test_mutated_files_decode_or_are_errors():
                 assert re.search(r"\w", error.message)
 
 
+@pytest.mark.parametrize("how", ["eager", "in a function", "in a dataset"])
+def test_the_reason_is_without_a_trace(how):
+    data = tf.constant(encode(blocks(), "PNG")[:200])
+
+    def read(data):
+        return decode.decode(data, 10**6)
+
+    with pytest.raises(tf.errors.OpError) as error:
+        if how == "eager":
+            read(data)
+        elif how == "in a function":
+            tf.function(read)(data)
+        next(iter(tf.data.Dataset.from_tensors(data).map(read)))
+    assert decode.reason(error.value) == "Invalid PNG data, size 200"
+    # Where TensorFlow has lost what it would trace.
+    said = (
+        "Detected at node a defined at (most recent call last):\n{}\nInvalid PNG data"
+    )
+    untraced = said.format("<stack traces unavailable>")
+    untraced = tf.errors.InvalidArgumentError(None, None, untraced)
+    assert decode.reason(untraced) == "Invalid PNG data"
+
+
 @pytest.mark.parametrize("how", ["alone", "in a dataset"])
 def test_the_reason_is_what_is_wrong_with_the_file(tmp_path, how):
     path = str(tmp_path / "not there.jpg")

@@ -58,10 +58,10 @@ def jpeg_size(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
 def reason(error: tf.errors.OpError) -> str:
     """Why an image could not be read, on one line: what TensorFlow says of the file,
     without where in its graph."""
-    message = re.sub(r"\{\{[^}]*\}\}|\[\[.*?\]\]|\[Op:\w+\]", "", error.message)
+    message = re.sub(r"\{\{[^}]*\}\}|\[\[.*?\]\]|\[Op:[^\]]*\]", "", error.message)
     if asserted := re.search(r"assertion failed: \[(.*?)\]", message):
         return " ".join(asserted.group(1).split())
-    graph = ("Graph execution error", "Detected at node", "File ")
+    graph = ("Graph execution error", "Detected at node", "File ", "<stack traces")
     lines = (line.strip() for line in message.splitlines())
     text = " ".join(" ".join(x for x in lines if not x.startswith(graph)).split())
     # Where a dataset ran it, its words stand around those on the file.
