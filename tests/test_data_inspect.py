@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import source_trees
 import tensorflow_datasets as tfds
 from data_trees import blocks, data_config, encode, write_json
+from full_disk import small_files
 from PIL import Image
 from runs import ROOT
 from source_trees import TRAIN, TRAIN_UNKNOWN, VAL_UNKNOWN
@@ -256,6 +258,15 @@ def test_a_second_report(tmp_path, capsys):
     assert json.loads((tmp_path / "report/report.json").read_text()) == report
 
 
+def test_what_it_says_can_be_copied_into_a_shell(tmp_path, capsys):
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    inspected(folder, data_config("", name="shapes", num_train=2, num_val=2))
+    said = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    weights = folder / "report" / "class_weights.json"
+    assert f"--config.loss.class_weights={weights}" in said
+
+
 def test_positives_and_unknown_labels_only(tmp_path):
     """As a set in which somebody named what is there and nothing else."""
     for i in range(3):
@@ -325,6 +336,45 @@ def test_sources_without_files(tmp_path):
     assert report["splits"]["val"]["images"] == 6
     assert "aeroplane" in report["class_names"]
     assert report["splits"]["val"]["unreadable"] == []
+
+
+@pytest.mark.parametrize("last", ["picture", "text"])
+def test_after_a_full_disk_the_same_command_works(tmp_path, capsys, monkeypatch, last):
+    data = data_config("", name="shapes", num_train=2, num_val=2)
+    folder = tmp_path / "report"
+    write = workdir.write_text
+
+    def full(file, text):
+        with small_files():
+            write(file, text)
+
+    def inspected_on_a_full_disk():
+        with monkeypatch.context() as patch:
+            if last == "text":
+                patch.setattr(workdir, "write_text", full)
+                inspected(tmp_path, data, expect=1)
+            else:
+                with small_files(9000):
+                    inspected(tmp_path, data, expect=1)
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder}/") and error.count("\n") == 1
+        assert error.endswith(": File too large\n")
+
+    inspected_on_a_full_disk()
+    assert not list(folder.iterdir())
+    (folder / ".report.part").mkdir()  # of a start that was killed
+    (folder / ".report.part/contact_sheet.png").write_text("half")
+    inspected(tmp_path, data)
+    (folder / "thesis.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert len(before) == 6 and before["contact_sheet.png"] != b"half"
+    data.num_train = 3
+    inspected_on_a_full_disk()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    report, _ = inspected(tmp_path, data)
+    assert report["splits"]["train"]["images"] == 3
+    assert {p.name for p in folder.iterdir()} == before.keys()
+    assert (folder / "thesis.txt").read_text() == "mine"
 
 
 def test_the_output_is_not_someone_elses(tmp_path, capsys):

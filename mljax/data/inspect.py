@@ -12,6 +12,8 @@ is 1 where an annotation file is missing or wrong.
 
 import argparse
 import json
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from mljax.data.source import Source
 
 REPORT, WEIGHTS = "report.json", "class_weights.json"
+PAGE, SHEET = "report.html", "contact_sheet.png"
+_PART = ".report.part"  # where all files are until the last is written
 _THUMBNAIL = 200  # pixels
 
 
@@ -52,25 +56,37 @@ def run(args: argparse.Namespace) -> None:
     report = {"config": args.config, **report}
     from mljax.data import inspect_page
 
-    folder.mkdir(parents=True, exist_ok=True)
     picked = {
         split: _pick(source, facts[split], 24 if split == "train" else 12)
         for split, source in sources.items()
     }
-    _draw(folder, sources["train"], picked["train"])
-    page = inspect_page.page(report, sources, picked, folder)
-    workdir.write_text(folder / WEIGHTS, _weights_text(report["class_weights"]))
-    text = json.dumps(report, indent=2, allow_nan=False)
-    workdir.write_text(folder / REPORT, text + "\n")
-    workdir.write_text(folder / "report.html", page)
+    part = folder / _PART
+    shutil.rmtree(part, ignore_errors=True)  # of a start that was killed
+    part.mkdir(parents=True)
+    try:
+        _draw(part, sources["train"], picked["train"])
+        page = inspect_page.page(report, sources, picked, part)
+        workdir.write_text(part / WEIGHTS, _weights_text(report["class_weights"]))
+        text = json.dumps(report, indent=2, allow_nan=False)
+        workdir.write_text(part / REPORT, text + "\n")
+        workdir.write_text(part / PAGE, page)
+        if not picked["train"]:
+            (folder / SHEET).unlink(missing_ok=True)  # of an earlier report
+        # First what tells the next start that this folder is one of a report.
+        (part / REPORT).replace(folder / REPORT)
+        for file in part.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print()
     print("\n".join(_table(report["classes"], list(sources))))
     print()
     for finding in report["findings"]:
         text = finding["text"].replace("\n", "\\n")  # in the name of a file
         print(f"{finding['level']:<8} {text}")
-    print(f"report:  {folder / 'report.html'}")
-    print(f"weights: --config.loss.class_weights={folder / WEIGHTS} weighs the classes")
+    print(f"report:  {folder / PAGE}")
+    weights = shlex.quote(str(folder / WEIGHTS))
+    print(f"weights: --config.loss.class_weights={weights} weighs the classes")
 
 
 def inspect(
@@ -128,12 +144,13 @@ def _output(path: str) -> Path:
     folder = Path(path).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {path}: is a file, not a directory")
-    if folder.exists() and any(folder.iterdir()) and not (folder / REPORT).exists():
+    there = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if there - {_PART} and REPORT not in there:
         raise UserError(
             f"--output {path}: is not empty and holds no earlier report; name a new or "
             "empty directory"
         )
-    if not (folder / REPORT).exists():
+    if REPORT not in there:
         return folder
     try:
         written = json.loads((folder / REPORT).read_text())["class_weights"]
@@ -164,7 +181,7 @@ def _table(classes: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[
         counts = "".join(f"{row[split]['positives']:>9}" for split in splits)
         unknown = sum(row[split]["unknown"] for split in splits)
         lines.append(f"{row['name']:<24}{counts}{unknown:>9}")
-    return [f"{'label':<24}{heads}  unknown", *tables.ends(lines, "report.html")]
+    return [f"{'label':<24}{heads}  unknown", *tables.ends(lines, PAGE)]
 
 
 def _progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
@@ -208,11 +225,9 @@ def _draw(
         label_graph_data.cooccurrence(train.labels),
         tau=0.4,
     )
-    sheet = folder / "contact_sheet.png"
-    sheet.unlink(missing_ok=True)  # of an earlier report
     if picked:
         pictures.contact_sheet(
-            sheet,
+            folder / SHEET,
             [picture for _, picture in picked],
             train.labels[[row for row, _ in picked]],
             train.class_names,
