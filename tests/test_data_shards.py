@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import source_trees
 import tensorflow as tf
 from all_sources import CLASSES, MAKERS, NUM_TRAIN, NUM_VAL, augmented, write_shards
 from data_trees import data_config
+from full_disk import small_files
 from runs import ROOT
 
 from mljax.data import DATASETS, pipeline, shard
@@ -26,6 +28,13 @@ from mljax.errors import UserError
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     return MAKERS["shards"](root), root
+
+
+def same_files(one, other):
+    """Raises AssertionError unless two folders have the same files, to the byte."""
+    found = [{p.name: p.read_bytes() for p in f.iterdir()} for f in (one, other)]
+    assert found[0].keys() == found[1].keys()
+    assert [n for n in found[0] if found[0][n] != found[1][n]] == []
 
 
 def test_everything_is_as_in_the_files(made):
@@ -94,6 +103,12 @@ def test_a_finished_folder_is_left_alone(made, capsys):
     assert write_shards(files, files / "train.json") == 1
     assert "train.json: is a file; name a new folder" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in root.iterdir()} == before
+
+
+def test_what_it_says_can_be_copied_into_a_shell(made, tmp_path, capsys):
+    assert write_shards(made[1] / "files", tmp_path / "my shards") == 0
+    said = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert said[-1] == f"--config.data.root={tmp_path / 'my shards'}"
 
 
 def test_other_embeddings_replace_the_old_ones(made, tmp_path, capsys):
@@ -190,6 +205,43 @@ def test_stopped_at_any_place_it_ends_with_the_same_bytes(made, tmp_path, monkey
         assert (output / file.name).exists(), file.name
         if file.suffix in (".tfrecord", ".json", ".npy"):
             assert (output / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("size", [100, 1000, 3000])  # of the plan, of a shard
+def test_after_a_full_disk_the_same_command_goes_on(made, tmp_path, capsys, size):
+    files, output = made[1] / "files", tmp_path / "out"
+    with small_files(size):
+        assert write_shards(files, output) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {output}/") and error.count("\n") == 1
+    assert ": cannot be written (File too large); see to room and" in error
+    assert write_shards(files, output) == 0
+    same_files(made[1] / "shards", output)
+
+
+def test_the_same_data_is_the_same_bytes_wherever_it_is(made, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    shutil.copytree(made[1] / "files", moved)
+    for i in range(3):
+        assert write_shards(moved, tmp_path / f"{i}") == 0
+        same_files(tmp_path / "0", tmp_path / f"{i}")
+    output = tmp_path / "0"
+    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    moved.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for root in ("elsewhere", tmp_path / "elsewhere", "./elsewhere/"):
+        assert write_shards(root, output) == 0
+        for file in output.iterdir():
+            if file.suffix != ".npz":  # which tell where the photos are
+                assert file.read_bytes() == before[file.name], file.name
+        val = DATASETS["shards"](data_config(output, name="shards"), 0).val
+        assert all(Path(name).exists() for name in val.names)
+    (tmp_path / "elsewhere/val/é 0").rename(tmp_path / "elsewhere/val/other")
+    listed = tmp_path / "elsewhere/val.json"
+    content = json.loads(listed.read_text())
+    content["images"][0][0] = "val/other"
+    listed.write_text(json.dumps(content))
+    assert write_shards("elsewhere", output) == 1
 
 
 @pytest.mark.slow

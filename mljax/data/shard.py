@@ -10,9 +10,11 @@ import argparse
 import hashlib
 import io
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     """Writes the shards of a config's data set.
 
     Raises:
-        UserError: the data cannot be read, or the folder holds something else.
+        UserError: the data cannot be read, or the folder holds something else or
+            cannot be written.
     """
     config = program.read_config(args)
     if args.images_per_shard < 1:
@@ -71,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
             for split, source in sources.items()
         ]
         print(
-            f"{root}: tables were not as they should be and are written again"
+            f"{root}: tables are written again: they were not as they should be, or "
+            "the photos have other paths now"
             if any(written)
             else f"{root}: is complete already (photos that changed under their old "
             "names are not read again: name a new folder for that)"
@@ -92,7 +96,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{split}: {len(source)} images in {len(plan['splits'][split])} shards")
     if unreadable:
         print(f"{len(unreadable)} cannot be read and stay so: {unreadable[0]} ...")
-    print(f"use them: --config.data.name=shards --config.data.root={root}")
+    quoted = shlex.quote(root)
+    print(f"use them: --config.data.name=shards --config.data.root={quoted}")
 
 
 def _load(config: ConfigDict) -> dict[str, "Source"]:
@@ -107,14 +112,14 @@ def _load(config: ConfigDict) -> dict[str, "Source"]:
 
 
 def _plan(sources: dict[str, "Source"], size: int) -> dict[str, Any]:
-    """The files to come, and a key that is another for other images or labels."""
+    """The files to come, and a key that is another for other images or labels, but not
+    for the same ones in a folder that was moved or is spelled otherwise."""
     from mljax.data import shards
 
     digest = hashlib.sha256(f"{shards.FORMAT} {size}".encode())
     splits = {}
     for split, source in sources.items():
-        digest.update(json.dumps([source.class_names, source.names]).encode())
-        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        digest.update(source.fingerprint().encode())
         count = -(-len(source) // size)
         splits[split] = [f"{split}-{i:05}-of-{count:05}.tfrecord" for i in range(count)]
     return {"format": shards.FORMAT, "key": digest.hexdigest(), "splits": splits}
@@ -138,7 +143,8 @@ def _open(root: str, plan: dict[str, Any]) -> None:
         if tf.io.gfile.exists(root):
             if not tf.io.gfile.isdir(root):
                 raise UserError(f"--output {root}: is a file; name a new folder")
-            if tf.io.gfile.listdir(root):
+            # A plan is all that there can be of a start that failed at it.
+            if {*tf.io.gfile.listdir(root)} - {f"{shards.PLAN}.part"}:
                 raise UserError(
                     f"--output {root}: is not empty; name a new or empty folder"
                 )
@@ -178,7 +184,7 @@ def _write_shard(
 
     part = shards.join(root, f"{name}.part")
     starts, lengths, keys, at = [], [], [], 0
-    with tf.io.TFRecordWriter(part) as writer:
+    with _named(shards.join(root, name)), tf.io.TFRecordWriter(part) as writer:
         for row, data in zip(
             rows, _read(source, rows, config, unreadable), strict=True
         ):
@@ -190,7 +196,8 @@ def _write_shard(
             key = data or b"unreadable " + source.names[row].encode(errors="replace")
             keys.append(hashlib.sha256(key).hexdigest())
             at += len(record) + shards.RECORD_OVERHEAD
-    tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
+    with _named(shards.join(root, name)):
+        tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
     about = {"start": starts, "length": lengths, "content": keys}
     _write(root, f"{name}.json", _json(name, about))
 
@@ -245,7 +252,8 @@ def _example(source: "Source", row: int, data: bytes) -> bytes:
         "unknown": numbers(-1),
     }
     features = tf.train.Features(feature=feature)
-    return tf.train.Example(features=features).SerializeToString()
+    # Features are a map, which has no order of its own.
+    return tf.train.Example(features=features).SerializeToString(deterministic=True)
 
 
 def _write_table(root: str, split: str, source: "Source", names: list[str]) -> bool:
@@ -323,10 +331,28 @@ def _write(root: str, name: str, content: bytes) -> bool:
     if _content(root, name) == content:
         return False
     part = shards.join(root, f"{name}.part")
-    with tf.io.gfile.GFile(part, "wb") as file:
-        file.write(content)
-    tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
+    with _named(shards.join(root, name)):
+        with tf.io.gfile.GFile(part, "wb") as file:
+            file.write(content)
+        tf.io.gfile.rename(part, shards.join(root, name), overwrite=True)
     return True
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Raises UserError where a file cannot be written: a full disk, no permission."""
+    import tensorflow as tf
+
+    from mljax.data import shards
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        why = shards.first_line(error).rpartition("; ")[2]  # what is before is `path`
+        raise UserError(
+            f"{path}: cannot be written ({why}); see to room and permission there and "
+            "give the same command again: it goes on, or name another folder"
+        ) from None
 
 
 def _progress(text: str, last: bool) -> None:
