@@ -6,7 +6,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from data_trees import blocks, data_config
 
-from mljax.data import pipeline
+from mljax.data import pipeline, tfds_labels
 from mljax.data import tfds as rooms
 from mljax.errors import UserError
 
@@ -42,9 +42,9 @@ def test_groups_of_truth_values_are_labels(tmp_path):
 
 def test_a_feature_called_label_goes_first(tmp_path):
     features = tfds.builder("lvis", try_gcs=False).info.features
-    found = rooms._label_features(features)
+    found = tfds_labels.label_features(features)
     assert next(iter(found)) != "objects/label"  # also: what is not there, and more
-    key, _, names = rooms._label_feature(config_of(tmp_path, "lvis"), features)
+    key, _, names = tfds_labels.label_feature(config_of(tmp_path, "lvis"), features)
     assert key == "objects/label" and len(names) == 1203
 
 
@@ -131,8 +131,8 @@ def test_a_state_for_each_class(tmp_path):
         ({"tfds_name": ""}, "tfds_name is empty"),
         ({"tfds_name": "no_such_data"}, "no_such_data not found"),
         (
-            {"tfds_name": "mnist"},
-            "mnist has no feature with several labels .*image, label",
+            {"tfds_name": "downsampled_imagenet/32x32"},
+            r"32x32 has no feature with labels \(it has image\): choose another",
         ),
         ({"tfds_labels": "no"}, r"'no' is not one .*\(labels, labels_no_difficult"),
     ],

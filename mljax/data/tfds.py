@@ -11,10 +11,18 @@ TFDS writes them ("train+validation", "test[:50%]"). Of the features, labels can
     a sequence of objects with one each      "objects/label" of COCO
     a group of truth values, one a class     "attributes" of celeb_a
     a tensor of 0, 1 and -1 (unknown), one   any [num_classes] of integers or truth
-    number a class                           values; data.classes names the classes
+      number a class                         values; data.classes names the classes,
+                                             which are "0", "1", ... without it
+    such a tensor of floats                  [num_classes]; its names likewise
+    a sequence of texts                      the classes are those in data.classes,
+                                             without it all that occur in train
+    a sequence of numbers of classes         data.classes names the classes, from 0 on
+    one class label                          "label" of cifar10; -1: all are unknown
 
-One called "label" or "labels" is taken, else the first that fits in this order;
-`data.tfds_labels` names another. With
+`data.tfds_labels` names the feature. Without it, of the first five kinds one called
+"label" or "labels" is taken, else the first in this order. Where there is none: of the
+next three kinds one with such a name, else a class label, else the first of the three;
+but texts of another name may be captions, so that these must be named. With
 "labels_no_difficult" of VOC a class that shows only in objects marked difficult is
 unknown (-1), as in the VOC evaluation. In open_images_v4 ("objects/confidence" 0) and
 lvis ("neg_category_ids") the data say what was looked for and is not there; all other
@@ -32,20 +40,16 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from mljax.data import files, tfds_files
+from mljax.data import tfds_files, tfds_labels
 from mljax.data.decode import decode, reason
 from mljax.data.source import Source
 from mljax.errors import UserError
 
 _MEMORY_SHARE = 1 / 3  # of the machine's memory, for encoded images
-# Kinds of labels.
-_SEQUENCE, _STATE, _GROUP, _TENSOR = "sequence", "state", "group", "tensor"
-_STATES = {"positive": 1, "negative": 0, "uncertain": -1, "unmentioned": -1}
 
 
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
@@ -57,10 +61,17 @@ def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     del seed
     builder = _builder(data_config.tfds_name, data_config.root)
     room = _Room(_memory() * _MEMORY_SHARE)
-    return {
-        split: _read_split(builder, data_config, split, room)
-        for split in ("train", "val")
-    }
+    features = builder.info.features
+    image_key = _image_feature(data_config.tfds_name, features)
+    labels = tfds_labels.label_feature(data_config, features)
+    sources: dict[str, Source] = {}
+    for split in ("train", "val"):
+        sources[split] = _read_split(
+            builder, data_config, split, image_key, labels, room
+        )
+        if not labels.class_names:  # of texts: what occurs in train
+            labels = labels._replace(class_names=sources[split].class_names)
+    return sources
 
 
 def _builder(name: str, root: str) -> tfds.core.DatasetBuilder:
@@ -92,54 +103,29 @@ def _read_split(
     builder: tfds.core.DatasetBuilder,
     data_config: ConfigDict,
     split: str,
+    image_key: str,
+    labels: tfds_labels.Labels,
     room: _Room,
 ) -> Source:
     name, max_pixels = data_config.tfds_name, data_config.max_pixels
-    image_key = _image_feature(name, builder.info.features)
-    label_key, kind, class_names = _label_feature(data_config, builder.info.features)
-    unknown_key = "labels" if label_key == "labels_no_difficult" else None
-    sure_key, absent_key = _looked_for(builder.info.features, label_key, kind)
-    keys = [k for k in builder.info.features if k.endswith("filename")]
+    features = builder.info.features
+    rows = tfds_labels.Rows(data_config, split, labels, features)
+    keys = [k for k in features if k.endswith("filename")]
     name_key = keys[0] if keys else None
 
     encoded: list[bytes] = []
     names: list[str] = []
-    rows: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
     places: list[Any] = []
-    wanted = [k for k in (label_key, unknown_key, sure_key, absent_key, name_key) if k]
+    wanted = [*rows.keys(), *([name_key] if name_key else [])]
     stored = tfds_files.stored(builder, data_config[split])
     found: Iterable[tuple[dict[str, Any], Any]]
     if stored is None:
         in_order = _examples(builder, data_config, split, image_key, wanted)
         found = ((example, None) for example in in_order)
     else:
-        features = builder.info.features
         found = stored.examples(features, _partial(features, wanted))
     for example, place in found:
-        row = np.zeros(len(class_names), np.int8)
-        if unknown_key:
-            row[_known(example, unknown_key)] = -1
-        if kind == _SEQUENCE:
-            present = _known(example, label_key)
-            if sure_key:
-                is_there = _known(example, sure_key) > 0
-                row[:] = -1
-                row[present[~is_there]] = 0
-                present = present[is_there]
-            elif absent_key:
-                row[:] = -1
-                row[_known(example, absent_key)] = 0
-            row[present] = 1
-            if "/" in label_key:  # a label stands once an object
-                each = np.bincount(present, minlength=len(row))
-                counts.append(each.astype(np.uint16))
-        else:
-            feature = builder.info.features[label_key]
-            row[:] = _values(
-                name, len(names), label_key, kind, class_names, feature, example
-            )
-        rows.append(row)
+        rows.add(example)
         names.append(
             example[name_key].decode() if name_key else f"{name} {split} {len(names)}"
         )
@@ -148,12 +134,9 @@ def _read_split(
             room.take(name, len(encoded[-1]))
         else:
             places.append(place)
-    if not rows:
+    if not names:
         raise UserError(f"{name}: data.{split}={data_config[split]!r} has no images")
-
-    # Numbers stand for names that TFDS does not know; their order is the builder's.
-    is_named = not all(n.isdigit() for n in class_names)
-    order = np.argsort(class_names) if is_named else np.arange(len(class_names))
+    class_names, values, objects = rows.finish()
     if stored is None:
         tensor = tf.constant(encoded)
         del encoded
@@ -171,14 +154,14 @@ def _read_split(
             return list(pool.map(key, range(len(names))))
 
     return Source(
-        class_names=[class_names[i] for i in order],
-        labels=np.stack(rows)[:, order],
+        class_names=class_names,
+        labels=values,
         names=names,
         read=lambda index: decode(read_encoded(index), max_pixels),
         encoded=read_encoded,
         split=split,
         content=content,
-        objects=np.stack(counts)[:, order] if counts else None,
+        objects=objects,
     )
 
 
@@ -239,132 +222,6 @@ def _image_feature(name: str, features: tfds.features.FeaturesDict) -> str:
         if isinstance(feature, tfds.features.Image):
             return key
     raise UserError(f"{name} has no image feature: choose another data.tfds_name")
-
-
-def _label_feature(
-    data_config: ConfigDict, features: tfds.features.FeaturesDict
-) -> tuple[str, str, list[str]]:
-    """Key and kind of the labels, and the class names."""
-    name, found = data_config.tfds_name, _label_features(features)
-    if not found:
-        raise UserError(
-            f"{name} has no feature with several labels an image (it has "
-            f"{', '.join(features)}): choose another data.tfds_name"
-        )
-    called_so = [k for k in found if k.rpartition("/")[2] in ("label", "labels")]
-    key = data_config.tfds_labels or [*called_so, *found][0]
-    if key not in found:
-        raise UserError(
-            f"{name}: data.tfds_labels={key!r} is not one of its features with labels "
-            f"({', '.join(found)})"
-        )
-    kind, class_names = found[key]
-    if kind == _STATE and not data_config.classes:
-        raise UserError(
-            f"{name}: feature {key!r} holds a state of each class "
-            f"({', '.join(class_names)}) and not the names of the classes: list them "
-            "in a file in data.root, in its order and one a line, and name the file "
-            "with data.classes"
-        )
-    if data_config.classes:
-        file = os.path.join(data_config.root, data_config.classes)
-        listed = files.class_names_of(file)
-        if kind == _STATE:
-            return key, kind, listed
-        if kind != _TENSOR or len(listed) != len(class_names):
-            raise UserError(
-                f"{file} (data.classes): has {len(listed)} names, the "
-                f"feature {key!r} of {name} has {len(class_names)} classes"
-                + (", with names of their own" if kind != _TENSOR else "")
-            )
-        class_names = listed
-    return key, kind, class_names
-
-
-def _label_features(
-    features: tfds.features.FeaturesDict,
-) -> dict[str, tuple[str, list[str]]]:
-    """Key -> (kind, class names) of every feature that can be labels, in the order of
-    the list at the top."""
-    found, in_objects, groups, tensors = {}, {}, {}, {}
-    for key, feature in features.items():
-        if isinstance(feature, tfds.features.Sequence):
-            inner = feature.feature
-            if isinstance(inner, tfds.features.ClassLabel):
-                are_states = set(inner.names) <= _STATES.keys()
-                found[key] = _STATE if are_states else _SEQUENCE, inner.names
-            elif isinstance(inner, tfds.features.FeaturesDict):
-                for part, label in inner.items():
-                    if isinstance(label, tfds.features.ClassLabel):
-                        in_objects[f"{key}/{part}"] = _SEQUENCE, label.names
-        elif isinstance(feature, tfds.features.FeaturesDict):
-            parts = feature.items()
-            if parts and all(
-                p.np_dtype == np.bool_ and p.shape == () for _, p in parts
-            ):
-                groups[key] = _GROUP, list(feature)
-        elif type(feature) is tfds.features.Tensor and len(feature.shape) == 1:
-            is_whole = np.issubdtype(feature.np_dtype, np.integer)
-            count = feature.shape[0]
-            if count and (is_whole or feature.np_dtype == np.bool_):
-                tensors[key] = _TENSOR, [str(i) for i in range(count)]
-    return found | in_objects | groups | tensors
-
-
-def _looked_for(
-    features: tfds.features.FeaturesDict, key: str, kind: str
-) -> tuple[str | None, str | None]:
-    """The features beside labels of objects that say what is not there, if any.
-
-    Returns:
-        how sure each object is, 0 where its label was looked for and is not there
-        (open_images_v4); the labels that were looked for and are not there (lvis).
-    """
-    outer, _, inner = key.partition("/")
-    if kind != _SEQUENCE or not inner:
-        return None, None
-    is_sure = "confidence" in features[outer].feature
-    absent = "neg_category_ids"
-    return f"{outer}/confidence" if is_sure else None, (
-        absent if absent in features else None
-    )
-
-
-def _values(
-    name: str,
-    place: int,
-    key: str,
-    kind: str,
-    class_names: list[str],
-    feature: tfds.features.FeatureConnector,
-    example: dict[str, Any],
-) -> np.ndarray:
-    """The labels of an example that has a value for each class: [num_classes]."""
-    if kind == _GROUP:
-        return np.array([example[key][c] for c in class_names])
-    values = np.asarray(example[key])
-    if kind == _STATE:
-        if len(values) != len(class_names):
-            raise UserError(
-                f"{name}: feature {key!r} of example {place} has {len(values)} states, "
-                f"and data.classes names {len(class_names)} classes"
-            )
-        # The last is for -1, which TFDS writes for a state that it does not know.
-        labels = np.array([*(_STATES[state] for state in feature.feature.names), -1])
-        return labels[values]
-    if wrong := set(np.unique(values).tolist()) - {0, 1, -1}:
-        raise UserError(
-            f"{name}: feature {key!r} of example {place} must hold 0, 1 and -1 "
-            f"(unknown), found {min(wrong)}: name another with data.tfds_labels"
-        )
-    return values
-
-
-def _known(example: dict[str, Any], key: str) -> np.ndarray:
-    """The labels in an example; TFDS writes -1 for a label that it does not know."""
-    outer, _, inner = key.partition("/")
-    labels = example[key] if key in example else example[outer][inner]
-    return labels[labels >= 0]
 
 
 def _memory() -> int:
