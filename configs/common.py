@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     data.train_images = ""
     data.val_images = ""
     # File in root that lists the classes, a name a line; "" = those of the annotations.
-    # voc, table (lists), vg500, tfds (numbers or states, one a class).
+    # voc, table (lists), vg500, tfds (labels without names of their own, or texts).
     data.classes = ""
     # voc: a label of objects marked difficult only is positive (as in the published
     # files) | ignored (unknown, as in the evaluation of VOC) | negative.
@@ -58,7 +58,9 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     )
     data.tfds_name = ""  # tfds: builder, e.g. "voc/2007"
-    data.tfds_labels = ""  # tfds: feature with the labels; "" = the one that fits best
+    # tfds: feature with the labels; "" = the one that fits best (several labels go
+    # before one an image).
+    data.tfds_labels = ""
     data.drop_missing = False  # leave out images whose files are not there
     # Leave out images without any label (COCO: the usual 40,137 of 40,504 of val2014).
     data.drop_unlabelled = False
