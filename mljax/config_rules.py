@@ -41,8 +41,8 @@ def rule_of(key: str, value: Any) -> Rule | None:
 
 _LARGEST = 3e38  # a float32
 _WIDTH = 65536  # of a layer
-_POSITIVE: Rule = (lambda v: 0 < v < _LARGEST, "above 0")
-_AT_LEAST_0: Rule = (lambda v: 0 <= v < _LARGEST, "0 or more")
+_POSITIVE: Rule = (lambda v: 0 < v < _LARGEST, "above 0 and finite")
+_AT_LEAST_0: Rule = (lambda v: 0 <= v < _LARGEST, "0 or more, and finite")
 _SHARE: Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
 _POSITIVE_SHARE: Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 _BELOW_1: Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")

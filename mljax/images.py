@@ -25,6 +25,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 
 
 _TURN = Image.Transpose
+_WITH_EXIF = ("JPEG", "MPO", "PNG", "WEBP")
 _TURNS = {  # what undoes an EXIF orientation
     2: _TURN.FLIP_LEFT_RIGHT,
     3: _TURN.ROTATE_180,
@@ -131,7 +132,7 @@ def read(
 ) -> np.ndarray:
     """RGB pixels of a file or a picture.
 
-    EXIF rotation is applied to JPEGs, alpha is dropped, 16-bit values keep their upper
+    EXIF rotation is applied, alpha is dropped, 16-bit values keep their upper
     8 bits, of an animation the first frame is taken.
 
     Args:
@@ -250,22 +251,23 @@ def _middle(
 def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
     if image.width * image.height > max_pixels:
         raise TooLarge(f"{image.height} x {image.width} pixels", max_pixels)
-    orientation = _orientation(image) if image.format in ("JPEG", "MPO") else 1
+    form = image.format
+    orientation = _orientation(image) if form in _WITH_EXIF else 1
     if orientation > 1:
         image = image.transpose(_TURNS[orientation])
     if image.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(image).astype(np.int64)
         # Unless it is what PIL makes of 8 bits, which no file holds.
-        if image.format or image.mode != "I" or grey.max(initial=0) > 255:
+        if form or image.mode != "I" or grey.max(initial=0) > 255:
             grey >>= 8
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, 2)
-    if image.format == "GIF" and not getattr(image, "tell", int)():
+    if form == "GIF" and not getattr(image, "tell", int)():
         return _first_frame(image)
     return np.asarray(image.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a JPEG, 1 to 8, as `data.decode` finds it.
+    """The EXIF orientation of a picture, 1 to 8, as `data.decode` finds it.
 
     What PIL says may come from XMP, or be a number of another type.
     """

@@ -79,7 +79,8 @@ def cooccurrence(
         labels: [num_images, num_classes] in {1, 0, -1}. An image counts for a pair
             only if both of its labels are known, so -1 changes no probability.
         occurrences: [num_classes], how often each label stands in all images (once an
-            object); divides by these instead, as the files of the published method do.
+            object); divides by these instead, as the files of the published method do,
+            with those of images whose other label is unknown.
 
     Returns:
         float64 [num_classes, num_classes], zero on the diagonal and in the row of a

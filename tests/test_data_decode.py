@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 from data_trees import blocks, encode
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from mljax import images
 from mljax.data import decode
@@ -111,6 +112,27 @@ def test_exif_orientation(orientation, order):
     data = encode(PIXELS, exif=exif_bytes(orientation, order))
     assert decode.exif_orientation(data) == max(1, orientation % 9)
     np.testing.assert_array_equal(decoded(data), by_pil(data))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_exif_orientation_of_other_formats(form, order):
+    more = {"lossless": True} if form == "WEBP" else {}
+    pixels = PIXELS[:, :-1]  # so that the chunk of a WebP may have an odd length
+    for orientation in range(10):
+        exif = exif_bytes(orientation, order)
+        for written in (exif, exif.removeprefix(b"Exif\0\0"), exif + b"\0"):
+            data = encode(pixels, form, exif=written, **more)
+            np.testing.assert_array_equal(decoded(data), by_pil(data))
+            np.testing.assert_array_equal(decoded(data), images.read(data, 10**6))
+    # With a text before it and bytes that look like it in the wrong place.
+    if form == "PNG":
+        text = PngInfo()
+        text.add_text("Comment", "eXIf" * 9)
+        plain = encode(pixels, form, pnginfo=text)
+        np.testing.assert_array_equal(decoded(plain), pixels)
+        turned = encode(pixels, form, pnginfo=text, exif=exif_bytes(6, order))
+        np.testing.assert_array_equal(decoded(turned), np.rot90(pixels, -1))
 
 
 def test_exif_behind_other_segments():

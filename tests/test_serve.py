@@ -204,7 +204,7 @@ def test_requests_that_are_refused(server):
         (400, "multipart", server.raw(b"garbage", "multipart/form-data; boundary=x")),
         (400, "boundary", server.raw(b"garbage", "multipart/form-data")),
         (400, "no files", server.files()),
-        (400, "Too many", server.files(*[("a.png", b"")] * 9)),
+        (413, "more than 8", server.files(*[("a.png", b"")] * 9)),
         (413, "more than 8", server.files(*[("a", b"")] * 5, *[("b", "")] * 5)),
         (404, "Not Found", server.call("GET", "/predict/../etc")),
         (405, "Not Allowed", server.call("GET", "/predict")),

@@ -1,12 +1,13 @@
 """Encoded bytes -> RGB pixels, with TensorFlow operations only.
 
 JPEG (grey, CMYK, progressive), PNG, GIF (first frame), BMP and WebP, told apart by
-their first bytes, not by the file name. JPEGs are turned as their EXIF orientation
+their first bytes, not by the file name. They are turned as their EXIF orientation
 says. The size is read from the header before anything is decoded, so that a
 decompression bomb costs nothing. A truncated file is an error, never a grey area.
 """
 
 import re
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -16,10 +17,11 @@ import tensorflow as tf
 rare = tf.function(autograph=False, experimental_attributes={"_noinline": True})
 
 _MAX_TIFF_ENTRIES = 256  # more than any camera writes
+_MAX_CHUNKS = 100  # before what is looked for
 
 
 def decode(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
-    """The picture in an encoded file.
+    """The picture in an encoded file, turned as its EXIF orientation says.
 
     Alpha is dropped and 16-bit values keep their upper 8 bits.
 
@@ -167,7 +169,9 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
             return tf.identity(data)
 
     def png() -> tf.Tensor:
-        return _first_frame(sized(_big(head[20:24]), _big(head[16:20])))
+        image = _first_frame(sized(_big(head[20:24]), _big(head[16:20])))
+        # Chunks of PNG: length, name, content, check sum. Exif comes before the pixels.
+        return _upright(image, data, b"eXIf", b"IDAT", 8, (4, 0, 12), _big)
 
     def gif() -> tf.Tensor:
         return _first_frame(sized(_little(head[8:10]), _little(head[6:8])))
@@ -178,7 +182,14 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
         return _decode_bmp(sized(height, _little(head[18:22])), head)
 
     def webp() -> tf.Tensor:
-        return _decode_webp(sized(*_webp_size(head)), head)
+        image = _decode_webp(sized(*_webp_size(head)), head)
+        # Chunks of WebP: name, length, content to an even length. A flag says "Exif".
+        has_exif = (head[15] == ord("X")) & ((head[20] // 8) % 2 == 1)
+        return tf.cond(
+            has_exif,
+            lambda: _upright(image, data, b"EXIF", b"", 12, (0, 4, 8), _little),
+            lambda: image,
+        )
 
     def unknown() -> tf.Tensor:
         is_empty = tf.strings.length(data) == 0
@@ -197,6 +208,51 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
         ],
         default=unknown,
     )
+
+
+def _upright(
+    image: tf.Tensor,
+    data: tf.Tensor,
+    wanted: bytes,
+    last: bytes,
+    start: int,
+    layout: tuple[int, int, int],
+    number: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
+    """`image`, turned as the chunk `wanted` of its file says.
+
+    The search ends at the chunk `last`. layout: where in a chunk its name and length
+    stand, and the bytes that are not counted in that length.
+    """
+    name_at, length_at, other = layout
+
+    def name(pos: tf.Tensor) -> tf.Tensor:
+        return _text(data, pos + name_at, 4)
+
+    def is_searching(pos: tf.Tensor) -> tf.Tensor:
+        here = name(pos)
+        return (here != wanted) & (here != last) & (here != b"")
+
+    def advance(pos: tf.Tensor) -> tuple[tf.Tensor]:
+        length = number(_bytes(data, pos + length_at, 4))
+        odd = length % 2 if number is _little else 0
+        return (pos + other + length + odd,)
+
+    (at,) = tf.while_loop(
+        is_searching,
+        advance,
+        (tf.constant(start, tf.int64),),
+        parallel_iterations=1,
+        maximum_iterations=_MAX_CHUNKS,
+    )
+    has_prefix = _text(data, at + 8, 6) == b"Exif\0\0"  # as in a JPEG; some write it
+    tiff = at + 8 + 6 * tf.cast(has_prefix, tf.int64)
+    orientation = tf.cond(
+        name(at) == wanted,
+        lambda: _tiff_orientation(data, tiff),
+        lambda: tf.constant(1, tf.int64),
+    )
+    return tf.cond(orientation > 1, lambda: turn(image, orientation), lambda: image)
 
 
 def _first_frame(data: tf.Tensor) -> tf.Tensor:

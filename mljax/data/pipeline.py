@@ -123,8 +123,8 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     """Whole batches in an epoch. Raises UserError where there is none."""
     if num_images < batch_size:
         raise UserError(
-            f"batch_size={batch_size} is more than the {num_images} training images: "
-            "lower batch_size"
+            f"config.batch_size={batch_size} is more than the {num_images} training "
+            "images: lower it"
         )
     return num_images // batch_size
 

@@ -75,18 +75,23 @@ class Body:
 
     async def _files(self, max_images: int) -> list[Upload]:
         request, found = Request(self._request.scope, self._receive), []
-        async with request.form(max_files=max_images, max_fields=max_images) as form:
-            for field, value in form.multi_items():
-                if isinstance(value, str):
-                    reason = "is text, not a file; images are sent, never fetched"
-                    found.append(Upload(field, b"", reason))
-                else:
-                    name = value.filename or field
-                    found.append(Upload(name, await value.read()))
+        too_many = HTTPException(413, f"more than {max_images} images in a request")
+        limits = {"max_files": max_images, "max_fields": max_images}
+        try:
+            async with request.form(**limits) as form:
+                for field, value in form.multi_items():
+                    if isinstance(value, str):
+                        reason = "is text, not a file; images are sent, never fetched"
+                        found.append(Upload(field, b"", reason))
+                    else:
+                        name = value.filename or field
+                        found.append(Upload(name, await value.read()))
+        except HTTPException as error:
+            raise too_many if error.detail.startswith("Too many") else error from None
         if not found:
             raise HTTPException(400, "the form has no files")
         if len(found) > max_images:  # files and fields together
-            raise HTTPException(413, f"more than {max_images} images in a request")
+            raise too_many
         return found
 
     async def drain(self) -> None:
