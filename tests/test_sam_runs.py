@@ -25,11 +25,11 @@ def test_a_run_goes_on_to_the_bits(settings, monkeypatch, tmp_path, capsys):  # 
     train.train(settings, str(tmp_path / "whole"))
     run = str(tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 5, signal.SIGTERM)  # the last full step is 4, the next one 7
+        stop_at(patch, 6, signal.SIGTERM)  # the last full step is 4, the next one 7
         train.train(settings, run)
     assert "resumed" not in capsys.readouterr().out
     train.train(settings, run)
-    assert "resumed at step 5" in capsys.readouterr().out
+    assert "resumed at step 6" in capsys.readouterr().out
     same_results(tmp_path / "whole", tmp_path / "run")
 
 
