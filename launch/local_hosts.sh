@@ -71,9 +71,23 @@ failed=0
 reaper=
 left=("${pids[@]}")
 while [ "${#left[@]}" -gt 0 ]; do
-    wait -n -p ended "${left[@]}"
-    ended_with=$?
-    [ -z "${ended:-}" ] && continue # a signal of ours, not an end
+    # Not `wait -n`: of one that was killed early bash may have told already, and then
+    # waits for the others only.
+    ended=
+    for pid in "${left[@]}"; do
+        kill -0 "$pid" 2>/dev/null || { ended=$pid && break; }
+    done
+    if [ -z "$ended" ]; then
+        sleep 0.2 &
+        wait $! # in which signals are taken at once
+        continue
+    fi
+    while true; do
+        seen=$signals
+        wait "$ended" 2>/dev/null
+        ended_with=$?
+        [ "$seen" -eq "$signals" ] && break # else it was a signal of ours
+    done
     for i in "${!pids[@]}"; do
         [ "${pids[$i]}" = "$ended" ] || continue
         if [ "$ended_with" -ne 0 ]; then
@@ -87,7 +101,6 @@ while [ "${#left[@]}" -gt 0 ]; do
         [ "$pid" = "$ended" ] || rest+=("$pid")
     done
     left=("${rest[@]}")
-    unset ended
     # 75: saved upon a signal, as the others are about to.
     if [ -z "$reaper" ] && [ "$failed" -ne 0 ] && [ "$failed" -ne 75 ]; then
         end_the_rest "${left[@]}" &

@@ -278,6 +278,23 @@ def test_restarting_passes_sigterm_on(tmp_path):
     assert process.wait(timeout=20) == 75
 
 
+def test_a_local_process_that_dies_at_once(tmp_path):
+    """Before the launcher begins to wait; the other would go on for ever."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+        case "$*" in *mljax.main*) ;; *) exec {sys.executable} "$@";; esac
+        case "$*" in *"--process-id 1"*) kill -KILL $$;; esac
+        exec sleep 60
+        """
+    )
+    python.chmod(0o755)
+    for _ in range(5):
+        done = bash(LAUNCH / "local_hosts.sh", 2, "ARGS", PYTHON=python, GRACE=0)
+        assert done.returncode == 137
+        assert "process 1 ended with exit code 137" in done.stderr
+
+
 def check_devices(command: str, devices: int) -> None:
     """A run with these flags can be shared by so many devices."""
     name = re.search(r"--config[= ](\S+)", command)[1]
