@@ -331,19 +331,19 @@ def fit_devices(config: ConfigDict, devices: int) -> None:
     """Changes the config of a run so that its model can be evaluated on `devices`,
     whatever it was trained on."""
     config.mesh.data, config.mesh.fsdp = -1, 1
-    config.eval.batch_size = shared(config.eval.batch_size, devices)
-    without_step(config)
+    without_step(config, devices)
 
 
-def shared(images: int, devices: int) -> int:
-    """So many images, or as few more as `devices` can share equally."""
-    return devices * -(-images // devices)
-
-
-def without_step(config: ConfigDict) -> None:
+def without_step(config: ConfigDict, devices: int) -> None:
     """Changes what only a training step needs to what fits wherever evaluation does."""
+    config.eval.batch_size = round_up(config.eval.batch_size, devices)
     config.batch_size, config.optim.accumulate = config.eval.batch_size, 1
     config.sam.every_images = config.sam.groups = config.model.batch_norm_groups = 1
+
+
+def round_up(images: int, devices: int) -> int:
+    """So many images, or as few more as `devices` can share equally."""
+    return devices * -(-images // devices)
 
 
 def _module(file: Path) -> ModuleType:

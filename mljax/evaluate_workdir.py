@@ -30,9 +30,7 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     best = find_best(folder)
     changed = _compare(config, describe(best)["config"], path)
     config = config.copy_and_resolve_references()
-    size = configs.shared(config.eval.batch_size, jax.device_count())
-    config.eval.batch_size = size
-    configs.without_step(config)
+    configs.without_step(config, jax.device_count())
     val = DATASETS[config.data.name](config.data, config.seed).val
     results.need_positives(val, "val")
     run = make_run(config, val.class_names)

@@ -62,7 +62,7 @@ class Run(NamedTuple):
             source,
             data_config=self.config.data,
             # Filled up with what does not count, as the last batch is.
-            batch_size=configs.shared(self.config.eval.batch_size, self.mesh.size),
+            batch_size=configs.round_up(self.config.eval.batch_size, self.mesh.size),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

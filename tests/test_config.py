@@ -95,7 +95,7 @@ def test_evaluation_takes_any_number_of_devices():
     config = configs.common()
     assert config.eval.batch_size == 128
     configs.validate_devices(config, 3)
-    assert [configs.shared(128, n) for n in (1, 3, 8, 129)] == [128, 129, 128, 129]
+    assert [configs.round_up(128, n) for n in (1, 3, 8, 129)] == [128, 129, 128, 129]
 
 
 def test_a_run_can_be_evaluated_on_other_devices():

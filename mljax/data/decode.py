@@ -170,8 +170,16 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
 
     def png() -> tf.Tensor:
         image = _first_frame(sized(_big(head[20:24]), _big(head[16:20])))
-        # Chunks of PNG: length, name, content, check sum. Exif comes before the pixels.
-        return _upright(image, data, b"eXIf", b"IDAT", 8, (4, 0, 12), _big)
+
+        # Chunks: length, name, content, check sum. Exif comes before the pixels.
+        def name(pos: tf.Tensor) -> tf.Tensor:
+            return _text(data, pos + 4, 4)
+
+        def following(pos: tf.Tensor) -> tf.Tensor:
+            return pos + 12 + _big(_bytes(data, pos, 4))
+
+        at = _find_chunk(8, name, (b"eXIf", b"IDAT"), following)
+        return _upright(image, data, at + 8, name(at) == b"eXIf")
 
     def gif() -> tf.Tensor:
         return _first_frame(sized(_little(head[8:10]), _little(head[6:8])))
@@ -183,13 +191,22 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
 
     def webp() -> tf.Tensor:
         image = _decode_webp(sized(*_webp_size(head)), head)
-        # Chunks of WebP: name, length, content to an even length. A flag says "Exif".
+
+        # Chunks: name, length, content to an even length. A flag says whether Exif is
+        # among them.
+        def name(pos: tf.Tensor) -> tf.Tensor:
+            return _text(data, pos, 4)
+
+        def following(pos: tf.Tensor) -> tf.Tensor:
+            length = _little(_bytes(data, pos + 4, 4))
+            return pos + 8 + length + length % 2
+
+        def turned() -> tf.Tensor:
+            at = _find_chunk(12, name, (b"EXIF",), following)
+            return _upright(image, data, at + 8, name(at) == b"EXIF")
+
         has_exif = (head[15] == ord("X")) & ((head[20] // 8) % 2 == 1)
-        return tf.cond(
-            has_exif,
-            lambda: _upright(image, data, b"EXIF", b"", 12, (0, 4, 8), _little),
-            lambda: image,
-        )
+        return tf.cond(has_exif, turned, lambda: image)
 
     def unknown() -> tf.Tensor:
         is_empty = tf.strings.length(data) == 0
@@ -210,48 +227,38 @@ def _decode_other(data: tf.Tensor, max_pixels: int) -> tf.Tensor:
     )
 
 
-def _upright(
-    image: tf.Tensor,
-    data: tf.Tensor,
-    wanted: bytes,
-    last: bytes,
+def _find_chunk(
     start: int,
-    layout: tuple[int, int, int],
-    number: Callable[[tf.Tensor], tf.Tensor],
+    name: Callable[[tf.Tensor], tf.Tensor],
+    last: tuple[bytes, ...],
+    following: Callable[[tf.Tensor], tf.Tensor],
 ) -> tf.Tensor:
-    """`image`, turned as the chunk `wanted` of its file says.
+    """The place of the first chunk called one of `last`, int64 scalar.
 
-    The search ends at the chunk `last`. layout: where in a chunk its name and length
-    stand, and the bytes that are not counted in that length.
+    name: of the chunk at a place, empty past the end; following: the place behind it.
     """
-    name_at, length_at, other = layout
-
-    def name(pos: tf.Tensor) -> tf.Tensor:
-        return _text(data, pos + name_at, 4)
 
     def is_searching(pos: tf.Tensor) -> tf.Tensor:
-        here = name(pos)
-        return (here != wanted) & (here != last) & (here != b"")
+        return tf.reduce_all(name(pos) != tf.constant([*last, b""]))
 
-    def advance(pos: tf.Tensor) -> tuple[tf.Tensor]:
-        length = number(_bytes(data, pos + length_at, 4))
-        odd = length % 2 if number is _little else 0
-        return (pos + other + length + odd,)
-
-    (at,) = tf.while_loop(
+    (found,) = tf.while_loop(
         is_searching,
-        advance,
+        lambda pos: (following(pos),),
         (tf.constant(start, tf.int64),),
         parallel_iterations=1,
         maximum_iterations=_MAX_CHUNKS,
     )
-    has_prefix = _text(data, at + 8, 6) == b"Exif\0\0"  # as in a JPEG; some write it
-    tiff = at + 8 + 6 * tf.cast(has_prefix, tf.int64)
-    orientation = tf.cond(
-        name(at) == wanted,
-        lambda: _tiff_orientation(data, tiff),
-        lambda: tf.constant(1, tf.int64),
-    )
+    return found
+
+
+def _upright(
+    image: tf.Tensor, data: tf.Tensor, exif: tf.Tensor, has_exif: tf.Tensor
+) -> tf.Tensor:
+    """`image`, turned as the Exif data that begin at byte `exif` of its file say."""
+    has_prefix = _text(data, exif, 6) == b"Exif\0\0"  # as in a JPEG; some write it
+    tiff = exif + 6 * tf.cast(has_prefix, tf.int64)
+    one = tf.constant(1, tf.int64)
+    orientation = tf.cond(has_exif, lambda: _tiff_orientation(data, tiff), lambda: one)
     return tf.cond(orientation > 1, lambda: turn(image, orientation), lambda: image)
 
 
