@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mljax.models import winograd
 from mljax.models.taps import Pads, Spread, output_size, tap
 
 _HERE, _PLAIN, _PORTABLE = "here", "plain", "portable"
@@ -171,23 +172,32 @@ def dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.
     """`convolve` of one group, whose gradient by the weight is a product a tap.
 
     XLA takes that gradient as a convolution with a kernel as large as the map, two to
-    six times as long. With a stride the one by the map is a product too.
+    six times as long. With a stride the one by the map is a product too. 3x3 taps of
+    many channels are taken by minimal filtering (`winograd`), forward and back.
     """
     return (_dense_conv if is_on("cpu") else convolve)(x, weight, stride, pads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dense_conv(x: jax.Array, weight: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    return _dense_value(x, weight, stride, pads)
+
+
+def _dense_value(x, weight, stride, pads):
+    if winograd.is_faster(x, weight, stride, pads):
+        return winograd.conv(x, weight, pads)
     return convolve(x, weight, stride, pads)
 
 
 def _dense_forward(x, weight, stride, pads):
-    return convolve(x, weight, stride, pads), (x, weight)
+    return _dense_value(x, weight, stride, pads), (x, weight)
 
 
 def _dense_backward(stride, pads, saved, g):
     x, weight = saved
     x, g = lax.optimization_barrier((x, g))
+    if winograd.has_faster_gradients(x, weight, stride):
+        return winograd.gradients(x, g, weight, pads)
     by_x = _dense_input_gradient(x, g, weight, stride, pads)
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     kernel = weight.shape[0]
