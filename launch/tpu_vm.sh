@@ -90,9 +90,12 @@ case "$command" in
         # shellcheck disable=SC2016 # $(...) is for the TPU VM
         install='if grep -qs restarting.sh "/proc/$(cat mljax.pid 2>/dev/null)/cmdline"; then'
         install+=" echo 'error: a run goes on here; stop it first' >&2; exit 1; fi"
-        install+=' && rm -rf mljax-new && mkdir mljax-new && tar -xzf mljax.tar.gz -C mljax-new'
-        install+=' && { [ ! -d mljax/.venv ] || mv mljax/.venv mljax-new/; }'
-        install+=' && rm -rf mljax && mv mljax-new mljax && bash mljax/launch/tpu_host.sh install'
+        # Of the last copy goes what was in it, and nothing else: a run may have its work
+        # directory there.
+        install+=' && mkdir -p mljax && touch mljax.files'
+        install+=' && (cd mljax && xargs -r -d "\n" rm -f < ../mljax.files)'
+        install+=' && tar -tzf mljax.tar.gz > mljax.files && tar -xzf mljax.tar.gz -C mljax'
+        install+=' && bash mljax/launch/tpu_host.sh install'
         tpu ssh "$name" --worker=all "--command=$install"
         start='bash mljax/launch/tpu_host.sh start'
         start+=$(printf ' %q' "$@")

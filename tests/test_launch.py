@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -129,6 +130,25 @@ def test_a_tpu_host_runs_one_at_a_time(host):
     assert refused.returncode == 1 and "stop it first" in refused.stderr
     assert bash(script, "stop").returncode == 0
     assert log.read_text().endswith("saved\n")  # it returned when that was done
+
+
+def test_a_new_copy_on_a_tpu_host_leaves_what_a_run_wrote(host):
+    executable(host / "mljax/.venv/bin/pip", "#!/bin/bash\n")
+    for name in ("mljax/old.py", "runs/mine/best/1"):
+        (host / "mljax" / name).parent.mkdir(parents=True, exist_ok=True)
+        (host / "mljax" / name).touch()
+    (host / "mljax.files").write_text("launch/README.md\nmljax/old.py\n")
+    with tarfile.open(host / "mljax.tar.gz", "w:gz") as archive:
+        archive.add(LAUNCH, "launch")
+    _, install, _ = tpu("run", "slice", "--", "--workdir", "runs/mine")
+    sent = bash("-c", f"printf '%s\n' {install}").stdout.splitlines()[-1]
+    done = bash("-c", f"cd {host} && {sent.removeprefix('--command=')}")
+    assert done.returncode == 0, done.stderr
+    assert (host / "mljax/runs/mine/best/1").exists()
+    assert (host / "mljax/.venv/bin/pip").exists()
+    assert not (host / "mljax/mljax/old.py").exists()
+    assert (host / "mljax/launch/README.md").exists()
+    assert "launch/tpu_host.sh" in (host / "mljax.files").read_text()
 
 
 def test_a_tpu_host_with_an_old_python(host):
