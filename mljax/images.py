@@ -5,8 +5,9 @@ The same pixels as in evaluation (`data.decode`, `data.fit`), up to rounding.
 
 import functools
 import io
-import re
+import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ GREY = 128  # of the bars beside a picture that keeps its aspect
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 
 
+_WITHOUT_LIMIT = threading.Lock()  # PIL's limit is a global variable
 _TURN = Image.Transpose
 _WITH_EXIF = ("JPEG", "MPO", "PNG", "WEBP")
 _TURNS = {  # what undoes an EXIF orientation
@@ -153,19 +155,21 @@ def read(
             if isinstance(image, Image.Image):  # which may not be decoded yet
                 return _pixels(image, max_pixels)
             file = io.BytesIO(image) if isinstance(image, bytes) else image
-            with Image.open(file, formats=_FORMATS) as opened:
+            with _opened(file, max_pixels) as opened:
                 _reduce(opened, max_pixels, reduction)
                 return _pixels(opened, max_pixels)
         except UnreadableImage:
             raise
         except FileNotFoundError:
             raise UnreadableImage("no such file") from None
-        except Image.DecompressionBombError as error:
-            # PIL looks at the size first, and tells it in words only.
-            number = re.search(r"\d+ pixels", str(error))
-            raise TooLarge(number[0] if number else "a picture", max_pixels) from None
         except Image.UnidentifiedImageError:
-            raise UnreadableImage("not an image of a known format") from None
+            filled = image if isinstance(image, bytes) else os.path.getsize(str(image))
+            reason = (
+                "not an image of a known format"
+                if filled
+                else "the file is empty (0 bytes)"
+            )
+            raise UnreadableImage(reason) from None
         # PIL raises these and SyntaxError, struct.error, ... for damaged files.
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -182,6 +186,23 @@ def read(
     if not array.size:
         raise UnreadableImage("an array without pixels")
     return array
+
+
+def _opened(file: Any, max_pixels: int) -> Image.Image:
+    """By PIL, whose own limit of a picture's size gives way to a larger one."""
+    try:
+        return Image.open(file, formats=_FORMATS)
+    except Image.DecompressionBombError:
+        with _WITHOUT_LIMIT:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                opened = Image.open(file, formats=_FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    if opened.width * opened.height > max_pixels:
+        opened.close()
+        raise TooLarge(f"{opened.width * opened.height} pixels", max_pixels)
+    return opened
 
 
 def _reduce(
@@ -263,6 +284,9 @@ def _pixels(image: Image.Image, max_pixels: int) -> np.ndarray:
         return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[:, :, None], 3, 2)
     if form == "GIF" and not getattr(image, "tell", int)():
         return _first_frame(image)
+    if image.mode == "P" and "transparency" in image.info:
+        # Without this step PIL warns of a palette whose entries have an alpha each.
+        image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
 

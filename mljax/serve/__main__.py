@@ -18,7 +18,9 @@ from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
 
-_GRACE = 30  # seconds for requests that are in work when the server is asked to stop
+# Seconds for requests that are in work when the server is asked to stop. Kubernetes
+# gives a program 30.
+_GRACE = 25
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

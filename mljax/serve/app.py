@@ -112,7 +112,9 @@ class Service:
         body = Body(request, self._limits.max_bytes)
         try:
             rows = await self._rows(body)
-        except HTTPException:
+        except HTTPException as refusal:
+            if refusal.status_code == 408:
+                raise  # there was time enough
             with contextlib.suppress(ClientDisconnect):
                 await body.drain()
             raise
@@ -159,8 +161,6 @@ class Service:
 
     def _decode(self, data: bytes) -> np.ndarray | str:
         """Pixels of the size that the model takes, or why there are none."""
-        if not data:
-            return "is empty (0 bytes)"
         try:
             return images.load(data, self._data_config)
         except images.TooLarge as error:

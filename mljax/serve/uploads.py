@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from typing import NamedTuple
 
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
@@ -14,14 +15,23 @@ from starlette.types import Message
 FORM = "multipart/form-data"
 TYPES = (
     "image/jpeg",
+    "image/jpg",
     "image/png",
     "image/webp",
     "image/gif",
     "image/bmp",
     "application/octet-stream",
 )
-_SECONDS = 60.0  # to send a request in; a slower one keeps a place from others
+# To send a request in, and between two parts of it: who is slower keeps a place from
+# others, and the server from ending.
+_SECONDS, _SILENCE = 60.0, 5.0
+_TAIL = 4096  # bytes; what ends a form is at most 74 long, and a text may follow it
 _DRAIN_SECONDS, _DRAIN_TIMES = 5.0, 8
+
+
+def _text(name: str) -> str:
+    """As it can be given back: a client may name a charset that has more than UTF-8."""
+    return name.encode("utf-8", "replace").decode()
 
 
 class Upload(NamedTuple):
@@ -44,6 +54,7 @@ class Body:
     def __init__(self, request: Request, max_bytes: int):
         self._request, self._max_bytes = request, max_bytes
         self._size, self._ended = 0, False
+        self._tail = b""  # of what came
 
     async def uploads(self, max_images: int) -> list[Upload]:
         """The images, in the order of the request.
@@ -82,12 +93,23 @@ class Body:
                 for field, value in form.multi_items():
                     if isinstance(value, str):
                         reason = "is text, not a file; images are sent, never fetched"
-                        found.append(Upload(field, b"", reason))
+                        found.append(Upload(_text(field), b"", reason))
                     else:
-                        name = value.filename or field
+                        name = _text(value.filename or field)
                         found.append(Upload(name, await value.read()))
         except HTTPException as error:
-            raise too_many if error.detail.startswith("Too many") else error from None
+            if error.detail.startswith("Too many"):
+                raise too_many from None
+            if error.detail.startswith("Part exceeded"):
+                raise HTTPException(
+                    413, "a text of the form is larger than 1 MB; send images as files"
+                ) from None
+            raise
+        _, options = parse_options_header(request.headers["content-type"])
+        end = b"--" + options[b"boundary"] + b"--"
+        if end not in self._tail:  # a file that it does not end is left out in silence
+            last = end.decode("latin-1")
+            raise HTTPException(400, f"the form is cut off: it must end with {last}")
         if not found:
             raise HTTPException(400, "the form has no files")
         if len(found) > max_images:  # files and fields together
@@ -108,14 +130,21 @@ class Body:
                     await self._next()
 
     async def _receive(self) -> Message:
-        message = await self._next()
+        try:
+            async with asyncio.timeout(_SILENCE):
+                message = await self._next()
+        except TimeoutError:
+            reason = f"nothing came for {_SILENCE:.0f} s, and the request is not whole"
+            raise HTTPException(408, reason, {"Connection": "close"}) from None
         if self._size > self._max_bytes:
             raise self._too_large()
         return message
 
     async def _next(self) -> Message:
         message = await self._request.receive()
-        self._size += len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._size += len(body)
+        self._tail = (self._tail + body)[-_TAIL:]
         self._ended = not message.get("more_body", False)
         return message
 
