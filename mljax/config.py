@@ -7,14 +7,15 @@ import difflib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mljax.config_rules import BELONGS_TO, FILE_SOURCES, RULES, SIZES, rule_of
+from mljax import config_idle
+from mljax.config_rules import FILE_SOURCES, RULES, SIZES, rule_of
 from mljax.errors import UserError
 
 
@@ -112,8 +113,11 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError at the first value that can never work, naming its key."""
+def validate(config: ConfigDict, chosen: Collection[str] | None = None) -> None:
+    """Raises UserError at the first value that can never work, naming its key.
+
+    chosen: the keys that are refused where they do nothing, see `config_idle.found`.
+    """
     flat = flatten(config)
     for key, value in flat.items():
         rule = rule_of(key, value)
@@ -156,7 +160,7 @@ def validate(config: ConfigDict) -> None:
                     f"{defaults[key]!r} (the head's own settings: "
                     f"config.model.{config.model.head})"
                 )
-    if config.model.head == "cosine" and config.loss.name != "aam":
+    if config.model.head == "cosine" and config.loss.name in ("bce", "focal", "asl"):
         raise UserError(
             "config.model.head = 'cosine': gives cosines, and config.loss.name = "
             f"{config.loss.name!r} takes logits; choose linear, or the loss aam"
@@ -166,7 +170,13 @@ def validate(config: ConfigDict) -> None:
             f"config.optim.freeze_epochs = {config.optim.freeze_epochs}: must be below "
             f"config.epochs = {config.epochs} (0 freezes for the whole run)"
         )
-    _refuse_idle(config, flat)
+    defaults = flatten(common())
+    idle = config_idle.found(config, flat, defaults, chosen)
+    for key, needed in idle.items():
+        raise UserError(
+            f"config.{key} = {flat[key]!r}: does nothing without {needed}; leave "
+            f"it at {defaults[key]!r}"
+        )
     _validate_sam(config)
     _validate_data(config.data)
 
@@ -249,61 +259,9 @@ def _validate_data(data: ConfigDict) -> None:
         )
 
 
-def _refuse_idle(config: ConfigDict, flat: Mapping[str, Any]) -> None:
-    """Raises UserError for a setting that was changed and would do nothing."""
-    data, optim, defaults = config.data, config.optim, flatten(common())
-    mixup, cutmix = data.mixup_alpha > 0, data.cutmix_alpha > 0
-    either = "config.data.mixup_alpha or config.data.cutmix_alpha above 0"
-    table, is_table = data.table, data.name == "table"
-    rho, by_gradient = config.sam.rho, config.sam.direction == "gradient"
-    cheaper = ("direction", "groups", "every_steps", "every_images")
-    lists, graph = "config.data.table.labels", config.model.graph
-    checks = [
-        (f"data.{key}", data.name in names, f"config.data.name = {' or '.join(names)}")
-        for key, names in BELONGS_TO.items()
-    ]
-    checks += [
-        (f"data.table.{key}", is_table, "config.data.name = table") for key in table
-    ]
-    for key, acts, needed in (
-        *checks,
-        ("data.table.empty", not table.labels, "a column a label"),
-        ("data.table.unknown", table.labels, lists),
-        ("data.table.separator", table.labels, lists),
-        ("data.antialias", data.resize == "bilinear", "config.data.resize = bilinear"),
-        ("data.crop_ratio", data.crop_area < 1, "config.data.crop_area below 1"),
-        ("data.randaugment.m", data.randaugment.n, "config.data.randaugment.n above 0"),
-        (
-            "data.randaugment.prob",
-            data.randaugment.n,
-            "config.data.randaugment.n above 0",
-        ),
-        ("data.cutout_side", data.cutout, "config.data.cutout above 0"),
-        ("data.mixup_alpha", config.batch_size > 1, "config.batch_size above 1"),
-        ("data.cutmix_alpha", config.batch_size > 1, "config.batch_size above 1"),
-        ("data.mixup_prob", mixup or cutmix, either),
-        ("data.mixup_switch_prob", mixup and cutmix, either.replace(" or ", " and ")),
-        *((f"sam.{key}", rho > 0, "config.sam.rho above 0") for key in cheaper),
-        ("sam.reuse", config.sam.every_steps > 1, "config.sam.every_steps above 1"),
-        *(
-            (f"sam.{key}", by_gradient, "config.sam.direction = gradient")
-            for key in (*cheaper[1:], "adaptive", "update_stats")
-        ),
-        (
-            "model.graph.by_occurrences",
-            not graph.adjacency,
-            "counting (adjacency = '')",
-        ),
-        ("sam.adaptive", rho > 0, "config.sam.rho above 0"),
-        ("optim.nesterov", optim.name == "sgd", "config.optim.name = sgd"),
-        ("optim.freeze_epochs", optim.freeze, "config.optim.freeze"),
-        ("optim.freeze_stats", optim.freeze, "config.optim.freeze"),
-    ):
-        if flat[key] != defaults[key] and not acts:
-            raise UserError(
-                f"config.{key} = {flat[key]!r}: does nothing without {needed}; leave "
-                f"it at {defaults[key]!r}"
-            )
+def idle(config: ConfigDict) -> set[str]:
+    """The keys that were changed and do nothing."""
+    return set(config_idle.found(config, flatten(config), flatten(common())))
 
 
 def validate_devices(config: ConfigDict, devices: int) -> None:

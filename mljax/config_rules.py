@@ -61,6 +61,15 @@ BELONGS_TO = {
     "tfds_labels": ("tfds",),
 }
 
+# The same, of flags: a config that is changed to another source may keep them.
+FLAGS_BELONG_TO = {
+    "root": (*FILE_SOURCES, "shards", "tfds"),
+    "train": (*FILE_SOURCES, "tfds"),  # shards are of the splits that they were made of
+    "val": (*FILE_SOURCES, "tfds"),
+    "num_train": ("shapes",),
+    "num_val": ("shapes",),
+}
+
 SIZES = ("data.image_size",)
 _SIZE: Rule = (_is_size, f"16 to {_PIXELS} (pixels), one number or height,width")
 

@@ -35,7 +35,7 @@ def load(
         config.data.root = root
     if not config.data.root and config.data.name not in ("shapes", "tfds"):
         raise UserError("--root FOLDER must say where the data is")
-    configs.validate(config)
+    configs.validate(config, chosen=())
     check_names(config)
     if which == "holdout" and not config.data.holdout:
         raise UserError(

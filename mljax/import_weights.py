@@ -141,7 +141,7 @@ def _settings(
         configs.override(config, key, value)
     checked = config.copy_and_resolve_references()
     checked.data.root = "."  # an import has no data
-    configs.validate(checked)
+    configs.validate(checked, {key for key, _ in args.overrides})
     return config, num_classes
 
 

@@ -83,9 +83,12 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
     if not colon or os.path.isfile(args.config):
         path, arg = args.config, ""
     config = configs.load(path, arg)
+    # What the file sets and a flag makes idle is no mistake.
+    chosen = configs.idle(config)
     for key, value in args.overrides:
         configs.override(config, key, value)
-    configs.validate(config)
+        chosen.add(key)
+    configs.validate(config, chosen)
     quiet()
     return config
 

@@ -199,7 +199,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     file = folder / workdir.SUMMARY
     if not file.exists():
         raise UserError(f"there is no {file.name}: no evaluation was reached")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _graph(folder: Path) -> dict[str, np.ndarray]:
@@ -218,7 +218,7 @@ def _evaluate(
     if root is not None:
         config.data.root = root
     config.data.on_error = "skip"  # the page says how many
-    configs.validate(config)
+    configs.validate(config, chosen=())
     configs.fit_devices(config, jax.device_count())
     check_names(config)
     try:
