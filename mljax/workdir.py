@@ -1,5 +1,6 @@
 """A work directory: its lock on one config, and files that are never half-written."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -31,7 +32,8 @@ FREE_KEYS = frozenset(
         "data.expected.labels",
         "data.expected.train",
         "data.expected.val",
-        "data.on_error",  # other images of a step stay the same
+        "data.max_pixels",  # as on_error: other images of a step stay the same
+        "data.on_error",
         "data.parallel_reads",
         "data.prefetch",
         "eval.batch_size",
@@ -61,7 +63,7 @@ def open_for_training(path: str, config: ConfigDict) -> Path:
     stored = workdir / CONFIG
     if stored.exists():
         _check_same(path, read_config(workdir), config)
-    elif workdir.exists() and any(not _is_part(f) for f in workdir.iterdir()):
+    elif workdir.exists() and any(not _is_left(f) for f in workdir.iterdir()):
         raise UserError(
             f"--workdir {path}: is not empty and holds no mljax run; "
             "name a new or empty directory"
@@ -95,8 +97,10 @@ class Lock:
     def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._file is not None:
+            if isinstance(error, Exception):
+                _let_go(Path(self.path))
             self._file.close()
 
     def take(self, patience: float = _LAST_SAVE) -> None:
@@ -135,6 +139,15 @@ class Lock:
         file.flush()
 
 
+def _let_go(workdir: Path) -> None:
+    """After a mistake before the first result: other settings may be tried there."""
+    with contextlib.suppress(UserError):
+        if not holds_checkpoint(str(workdir)) and not read_history(
+            workdir, sys.maxsize
+        ):
+            (workdir / CONFIG).unlink(missing_ok=True)
+
+
 def _machine() -> str:
     """Equal in all containers of a machine, until it starts anew."""
     try:
@@ -165,7 +178,7 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config that a run was started with."""
     file = workdir / CONFIG
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
@@ -214,9 +227,20 @@ def write_text(file: Path, text: str) -> None:
             os.fsync(handle.fileno())
 
 
-def _is_part(file: Path) -> bool:
-    """Whether a killed process has left this of a file that it was writing."""
-    return file.name.startswith(".") and file.name.endswith(".part")
+def _is_left(file: Path) -> bool:
+    """Whether this is of a run that ended before it had a result, or of a file that a
+    killed process was writing."""
+    if file.name in ("checkpoints", "best"):
+        return file.is_dir() and not any(file.iterdir())
+    if file.name == HISTORY:
+        return not file.stat().st_size
+    is_part = file.name.startswith(".") and file.name.endswith(".part")
+    return is_part or file.name in (
+        _LOCK,
+        "tensorboard",
+        "label_graph.npz",
+        "label_graph.png",
+    )
 
 
 def read_history(
@@ -229,7 +253,7 @@ def read_history(
     """
     file = workdir / HISTORY
     try:
-        text = file.read_text() if file.exists() else ""
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
         rows = [json.loads(line) for line in text.splitlines()]
         rows = [row for row in rows if row["step"] <= last_step]
     except (ValueError, TypeError, KeyError) as error:

@@ -43,6 +43,29 @@ def test_another_config_is_refused_and_left_alone(tmp_path):
     assert (folder / "config.json").read_text() == before
 
 
+def test_a_mistake_before_the_first_result_does_not_lock_it(tmp_path):
+    config = configs.load("configs/shapes.py")
+    path = str(tmp_path / "run")
+
+    def begin(error, *made):
+        folder = workdir.open_for_training(path, config)
+        with pytest.raises(type(error)), workdir.Lock(path) as lock:
+            lock.take()
+            for name in made:
+                (folder / name).mkdir(parents=True)
+            workdir.write_history(folder, [{"step": 1}] * ("best/1" in made))
+            raise error
+
+    begin(UserError("x"), "checkpoints", "best", "tensorboard")
+    config.optim.lr *= 2
+    begin(KeyboardInterrupt())  # which is no mistake
+    begin(UserError("x"), "best/1")
+    for factor in (2, 2):
+        config.optim.lr *= factor
+        with pytest.raises(UserError, match="holds a run of another config"):
+            workdir.open_for_training(path, config)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     config = configs.load("configs/shapes.py")
