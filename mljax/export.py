@@ -192,7 +192,7 @@ def _check_output(args: argparse.Namespace, output: Path) -> None:
         return
     if not args.overwrite:
         raise UserError(f"--output {output}: exists; name another, or add --overwrite")
-    if not FORMATS[args.format].owns(output):
+    if not FORMATS[args.format].may_replace(output):
         raise UserError(
             f"--output {output}: exists and is no {args.format} export, so it is not "
             "replaced; name another"

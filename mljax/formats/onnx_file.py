@@ -79,6 +79,16 @@ def owns(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() == ".onnx"
 
 
+def may_replace(path: Path) -> bool:
+    try:
+        model = require("onnx").load(path, load_external_data=False)
+    except UserError:
+        raise
+    except Exception:  # its errors have no common type
+        return False
+    return any(entry.key == _ABOUT for entry in model.metadata_props)
+
+
 def require_all() -> tuple[ModuleType, ModuleType]:
     """onnx and jax2onnx; and onnxruntime is there too. Raises as `require`."""
     require("onnxruntime")

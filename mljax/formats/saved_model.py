@@ -20,6 +20,8 @@ from mljax.formats.program import INPUT, OUTPUTS, Program, check
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _STABLEHLO = "1.8.0"  # TensorFlow 2.21 reads up to 1.13, JAX 0.12 writes 1.18
 _ABOUT = "assets.extra/about.json"
+# What is written, and nothing else.
+_PARTS = {"saved_model.pb", "fingerprint.pb", "variables", "assets", "assets.extra"}
 
 
 def write(program: Program, path: Path) -> None:
@@ -100,3 +102,11 @@ def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
 
 def owns(path: Path) -> bool:
     return (path / "saved_model.pb").is_file()
+
+
+def may_replace(path: Path) -> bool:
+    try:
+        check(json.loads((path / _ABOUT).read_text(encoding="utf-8")), path)
+    except (OSError, ValueError, UserError):
+        return False
+    return {part.name for part in path.iterdir()} <= _PARTS

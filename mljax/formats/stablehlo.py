@@ -75,3 +75,6 @@ def owns(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as file:
         return _MODEL in file.namelist()
+
+
+may_replace = owns
