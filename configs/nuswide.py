@@ -40,4 +40,5 @@ PUBLISHED = {"tresnet_v2_l,ml_decoder": 68.3, "tresnet_l,linear,asl": 65.2}
 def get_config(arg: str = "") -> ConfigDict:
     counts = Counts(labels=81, train=0, val=50_720)
     original = {"name": "nuswide", "train": "Train", "val": "Test"}
-    return recipe(arg, PUBLISHED, counts, original=original, other_split=True)
+    makers = Counts(labels=81, train=161_789, val=107_859)
+    return recipe(arg, PUBLISHED, counts, None, original, makers)

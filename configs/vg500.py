@@ -27,7 +27,7 @@ from mljax.recipes import Counts, recipe
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    counts = Counts(labels=500, train=0, val=10_000)
+    counts = Counts(labels=500, train=98_249, val=10_000)
     original = {
         "name": "vg500",
         "train": "train_list_500.txt",

@@ -102,7 +102,7 @@ def recipe(
     counts: Counts,
     tfds: Tfds | None = None,
     original: Mapping[str, Any] | None = None,
-    other_split: bool = False,
+    original_counts: Counts | None = None,
 ) -> ConfigDict:
     """The config of the variant `arg`; loss and head decide the training strategy.
 
@@ -114,7 +114,8 @@ def recipe(
         counts: of the images of the figures.
         tfds: what "tfds" reads.
         original: what "original" changes in `config.data`.
-        other_split: "original" has other images than those of the figures.
+        original_counts: of the images of "original", where it is another split than
+            that of the figures.
 
     Raises:
         ValueError: a word is unknown or excludes one before it; names the choices.
@@ -130,7 +131,7 @@ def recipe(
     }
     kind_of = {word: kind for kind, words in choices.items() for word in words}
     chosen: dict[str, str] = {}
-    for word in filter(None, arg.split(",")):
+    for word in filter(None, map(str.strip, arg.split(","))):
         if word not in kind_of:
             raise ValueError(f"unknown variant {word!r}; known: {', '.join(kind_of)}")
         kind = kind_of[word]
@@ -155,9 +156,9 @@ def recipe(
     config.published_mAP = published.get(",".join(variant), -1.0)
     if original and chosen.get("source") == "original":
         config.data.update(original)
-        if other_split:
+        if original_counts:
             config.published_mAP = -1.0
-            config.data.expected.update(train=0, val=0)
+            config.data.expected.update(original_counts._asdict())
     if tfds and chosen.get("source") == "tfds":
         config.data.name = "tfds"
         config.data.tfds_name = tfds.name

@@ -20,7 +20,8 @@ from data_trees import data_config
 from full_disk import small_files
 from runs import ROOT
 
-from mljax.data import DATASETS, pipeline, shard
+from mljax import data
+from mljax.data import DATASETS, pipeline, shard, split
 from mljax.errors import UserError
 
 
@@ -178,6 +179,19 @@ def test_objects_and_notes_go_along(tmp_path, monkeypatch):
     found = DATASETS["shards"](config, 0).train
     np.testing.assert_array_equal(found.objects, source.objects)
     assert found.notes == notes
+
+
+def test_a_note_is_given_once(made):
+    config = data_config(made[1] / "shards", name="shards")
+    source = DATASETS["shards"](config, 0).train
+    config.expected.update(labels=len(source.class_names), train=9)
+    noted = data._counted(source, config.expected)
+    assert "not the 9 of the published data" in noted.notes[-1]
+    assert data._counted(noted, config.expected) is noted
+    source = replace(source, labels=np.eye(*source.labels.shape, -1))
+    left = split.labelled(source)
+    assert left.notes == (f"{1} of {len(source)} images have no label, left out",)
+    assert split.labelled(left) is left
 
 
 def test_stopped_at_any_place_it_ends_with_the_same_bytes(made, tmp_path, monkeypatch):

@@ -38,6 +38,8 @@ def _counted(source: "Source", expected: ConfigDict) -> "Source":
         f"{len(source):,} images, not the {count:,} of the published data with "
         f"{expected.labels} labels (data.expected.{source.split})"
     )
+    if note in source.notes:  # shards bring those of the files they were made of
+        return source
     return replace(source, notes=(*source.notes, note))
 
 

@@ -153,14 +153,15 @@ def _output(path: str) -> Path:
     if REPORT not in there:
         return folder
     try:
-        written = json.loads((folder / REPORT).read_text())["class_weights"]
+        report = (folder / REPORT).read_text(encoding="utf-8")
+        written = json.loads(report)["class_weights"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"--output {path}: {REPORT} there is of another program; name a new or "
             "empty directory"
         ) from None
     if (weights := folder / WEIGHTS).exists():
-        if weights.read_text() != _weights_text(written):
+        if weights.read_text(encoding="utf-8") != _weights_text(written):
             raise UserError(
                 f"--output {path}: {WEIGHTS} there is not as it was written; move it "
                 "away, or name another directory"

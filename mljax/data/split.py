@@ -17,6 +17,8 @@ def labelled(source: Source) -> Source:
     Raises UserError where there is none.
     """
     keep = np.flatnonzero((source.labels == 1).any(1))
+    if len(keep) == len(source):
+        return source  # of shards, which were written without them
     if not len(keep):
         raise UserError(f"data.drop_unlabelled: no image of {source.split} has a label")
     note = f"{len(source) - len(keep)} of {len(source)} images have no label, left out"
