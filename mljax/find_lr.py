@@ -61,7 +61,7 @@ def resolve(
         return config, f"lr:      {stored.optim.lr:g}, as this run began"
     file = Path(where) / RESULT if Path(where).is_dir() else Path(where)
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         lr, method = float(found["lr"]), found["method"]
         there = configs.flatten(configs.from_dict(found["config"]))
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def resolve(
         )
     config = configs.from_dict(config.to_dict())
     config.optim.lr = lr
-    configs.validate(config)
+    configs.validate(config, chosen=())
     return config, f"lr:      {lr:g}, found by {method} in {file.parent}"
 
 
@@ -231,7 +231,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: is not valid JSON ({error})") from error
 

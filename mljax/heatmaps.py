@@ -100,7 +100,7 @@ class Explainer:
         Args:
             images: a sequence of paths, PIL images and arrays (uint8 [height, width,
                 3], RGB), or a single one of these.
-            labels: whose maps; None: the `top` likeliest labels of each image.
+            labels: whose maps, each once; None: the `top` likeliest of each image.
             top: see `labels`.
             method: "cam" (class activation; not of ml_decoder and query2label),
                 "attention" (of these two), "gradcam" (of all), "auto": cam or
@@ -202,4 +202,4 @@ class Explainer:
                 some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
                 hint = f"did you mean {', '.join(near)}?" if near else f"it has {some}"
                 raise UserError(f"the model has no label {label!r}; {hint}")
-        return np.array([names.index(x) for x in labels], np.int32)
+        return np.array([names.index(x) for x in dict.fromkeys(labels)], np.int32)

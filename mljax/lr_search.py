@@ -1,8 +1,10 @@
 """The training that `mljax.find_lr` does: the range test, and the trials of TPE."""
 
 import math
+import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +53,10 @@ def prepare(config: ConfigDict, settings: Mapping[str, Any]) -> "Search":
     config = configs.from_dict(config.to_dict())
     config.optim.lr = 1.0  # the factor of `adjustable` is the learning rate
     if settings["method"] == "range":
+        cycles = config.optim.schedule == "one_cycle" and config.optim.cycle_momentum
+        key = "momentum" if config.optim.name == "sgd" else "b1"
+        if cycles and not config.optim[key]:
+            config.optim[key] = 0.85  # what the cycle gives at the peak of the rate
         config.optim.schedule = "constant"
         config.optim.freeze_epochs = 0  # what is frozen at first is so in all of it
         config.ema.decay = config.ema.half_life = 0.0
@@ -61,7 +67,7 @@ def prepare(config: ConfigDict, settings: Mapping[str, Any]) -> "Search":
                 f"--epochs={config.epochs}: must be above config.optim.freeze_epochs = "
                 f"{config.optim.freeze_epochs}, else no trial trains what the run does"
             )
-    configs.validate(config)
+    configs.validate(config, chosen=())
     if jax.process_count() > 1:
         raise UserError("mljax.find_lr runs in one process: start it on one host")
     return Search(config)
@@ -233,8 +239,13 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.optuna, self.low, self.high, self.seed = optuna, low, high, seed
         self.states = optuna.trial.TrialState
+        # Opened here: in a URL some characters of a path mean something else.
+        opened = partial(sqlite3.connect, folder / STUDY, check_same_thread=False)
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{STUDY}", engine_kwargs={"creator": opened}
+        )
         self.study = optuna.create_study(
-            storage=f"sqlite:///{folder / STUDY}",
+            storage=storage,
             study_name="learning_rate",
             direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=_WHOLE_TRIALS),

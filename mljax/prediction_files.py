@@ -138,8 +138,10 @@ class Writer:
             self._file.write("[")
 
     def add(self, row: Row, labels: list[str]) -> None:
-        # Six digits: more than the images' noise, and files stay small.
-        numbers = [round(p, 6) for p in row.probabilities.tolist()]
+        # The shortest digits that give the same float32 again: what is close to 0 or
+        # 1 keeps its order.
+        exact = row.probabilities.astype(np.float32)
+        numbers: list[float | str] = [float(str(p)) for p in exact]
         self._rows += 1
         if self._kind == ".csv":
             cells = numbers or [""] * len(self._names)

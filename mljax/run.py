@@ -229,9 +229,12 @@ def _class_weights(config: ConfigDict, class_names: list[str]) -> np.ndarray | N
         return None
     file = Path(config.loss.class_weights)
     try:
-        weights = json.loads(file.read_text())
+        weights = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"config.loss.class_weights = {file}: {error}") from error
+        raise UserError(
+            f"config.loss.class_weights = {file}: {error}; name the JSON file that "
+            "python -m mljax.data.inspect wrote, or one like it"
+        ) from error
     if not isinstance(weights, dict) or set(weights) != set(class_names):
         given = set(weights) if isinstance(weights, dict) else set()
         off = sorted(set(class_names) ^ given)

@@ -212,7 +212,7 @@ def _scores(
     from mljax import config as configs
     from mljax.run import make_run
 
-    _, about = checkpoint.load_variables(step)
+    about = checkpoint.describe(step)
     source, name = held_out.load(about, args.data, args.root)
     config = configs.from_dict(about["config"])
     configs.fit_devices(config, jax.device_count())

@@ -331,11 +331,15 @@ def test_the_next_run_uses_what_was_found(searched):
         workdir.open_for_training(str(folder / "run"), config)
 
 
-def test_trials(tmp_path):
+@pytest.mark.parametrize("name", ["plain", "what?now #1 50%"])
+def test_trials(name, tmp_path):
     pytest.importorskip("optuna", reason="--method=tpe needs pip install optuna")
     from mljax.lr_search import Study
 
+    tmp_path = tmp_path / name
+    tmp_path.mkdir()
     study = Study(tmp_path, 1e-4, 1.0, seed=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["study.db"]
     tried = []
     for _ in range(4):
         trial = study.ask(first=0.005)

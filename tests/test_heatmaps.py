@@ -210,7 +210,7 @@ def test_labels_and_probabilities_are_those_of_predict(workdir):
     row = np.sort(predict.load(workdir).predict(big)[0])[::-1]
     np.testing.assert_allclose(found.probabilities, row, atol=1e-6)
     # An average of logits, and so the probability.
-    (one,) = model.heatmaps(photos[:1], ["dog", "cat"])
+    (one,) = model.heatmaps(photos[:1], ["dog", "cat", "dog"])
     logits = one.maps.mean((1, 2))
     np.testing.assert_allclose(
         1 / (1 + np.exp(-logits)), p[0, [3, 2]], rtol=1e-4, atol=1e-6

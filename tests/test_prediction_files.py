@@ -1,6 +1,11 @@
-"""Which images a folder stands for."""
+"""Which images a folder stands for, and what is written of them."""
 
-from mljax.prediction_files import find_images
+import json
+
+import numpy as np
+import pytest
+
+from mljax.prediction_files import Row, find_images, writer
 
 
 def test_what_macos_leaves_beside_a_file_is_no_image(tmp_path):
@@ -38,3 +43,19 @@ def test_every_picture_of_a_folder_gets_a_row(tmp_path):
     assert find_images(str(tmp_path)) == expected
     for path in expected[:4]:
         assert find_images(path) == [path]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+def test_what_is_close_to_0_or_1_keeps_its_order(kind, tmp_path):
+    p = np.array([4e-9, 3e-7, 4e-7, 0.5, 0.99999961, 0.9999998], np.float32)
+    names = [f"c{i}" for i in range(len(p))]
+    file = tmp_path / f"out{kind}"
+    with writer(str(file)) as output:
+        output.begin(names)
+        output.add(Row("a.jpg", p, ""), [])
+    text = file.read_text()
+    if kind == ".csv":
+        found = text.splitlines()[1].split(",")[2:-1]
+    else:
+        found = list(json.loads(text)["probabilities"].values())
+    np.testing.assert_array_equal(np.array(found, np.float32), p)

@@ -314,12 +314,16 @@ def test_what_is_gone_is_said_and_the_rest_is_there(runs, tmp_path):
     one, _, _ = runs
     folder, output = tmp_path / "moved", tmp_path / "page.html"
     shutil.copytree(one, folder)
+    # As a kill or a full disk leaves it: the curves of the others are drawn.
+    (folder / "tensorboard").mkdir(exist_ok=True)
+    (folder / "tensorboard" / "events.out.tfevents.9").touch()
     flags = [f"--workdir={folder}", f"--output={output}", "--overwrite"]
     assert report.main([*flags, f"--root={tmp_path / 'gone'}"]) == 0
     text = output.read_text(encoding="utf-8")
     Reader(text)
     assert "no such file" in text and "12.5" in text  # AP as training noted
     assert "Speed and memory" in text and "Thresholds</h2>" not in text
+    assert "No event timestamp" not in text
     shutil.rmtree(folder / "best")
     (folder / "metrics.json").unlink()
     (folder / "metrics.jsonl").unlink()

@@ -37,7 +37,10 @@ def read_curves(folder: Path) -> Curves:
     seconds = 0.0
     for file in files:
         events = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
-        last = first = events.FirstEventTimestamp()
+        try:
+            last = first = events.FirstEventTimestamp()
+        except ValueError:  # a kill or a full disk has left it empty
+            continue
         for tag in events.Tags()["tensors"]:
             points = events.Tensors(tag)
             values = found.setdefault(tag, {})

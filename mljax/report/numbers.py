@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mljax.calibration import calibration_error
+
 BINS = 15  # of probability, for calibration
 GRID = np.linspace(0, 1, 101)  # recalls at which labels' curves are compared
 
@@ -81,6 +83,7 @@ class Calibration(NamedTuple):
 
 def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
     """Reliability of probabilities [num_images, num_classes] (Naeini et al. 2015)."""
+    error = calibration_error(p, labels, bins)
     known = labels != -1
     p, y = p[known].astype(np.float64), labels[known] == 1
     place = np.clip((p * bins).astype(int), 0, bins - 1)
@@ -88,8 +91,7 @@ def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibrat
     used = count > 0
     said = np.bincount(place, p, bins)[used] / count[used]
     true = np.bincount(place, y, bins)[used] / count[used]
-    error = np.sum(np.abs(said - true) * count[used]) / max(1, len(p))
-    return Calibration(said, true, count[used], float(error))
+    return Calibration(said, true, count[used], error)
 
 
 def confusions(
