@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_convolutions import assert_close, assert_same_gradients, normal, plain_conv
 
 from mljax.models import cpu, layers, winograd
@@ -17,11 +18,11 @@ from mljax.models import cpu, layers, winograd
 def test_equals_lax(size, pads):
     x, weight = normal(0, 4, *size, 20), normal(1, 3, 3, 20, 12)
     value = plain_conv(x, weight, 1, pads)
-    assert_close(winograd.conv(x, weight, pads), value)
+    assert_close(jax.jit(winograd.conv, static_argnums=2)(x, weight, pads), value)
 
     g = normal(2, *value.shape)
     _, pull = jax.vjp(lambda x, w: plain_conv(x, w, 1, pads), x, weight)
-    found = winograd.gradients(x, g, weight, pads)
+    found = jax.jit(winograd.gradients, static_argnums=3)(x, g, weight, pads)
     for actual, expected in zip(found, pull(g), strict=True):
         assert_close(actual, expected)
 
@@ -81,7 +82,8 @@ def test_dense_conv_by_squares_equals_lax():
     pads = ((1, 1), (1, 1))
     x, weight = normal(0, 2, 15, 18, 64), normal(1, 3, 3, 64, 72)
     assert winograd.is_faster(x, weight, 1, pads)
-    assert_same_gradients(cpu.dense_conv, plain_conv, x, weight, 1, pads)
+    conv = jax.jit(cpu.dense_conv, static_argnums=(2, 3))
+    assert_same_gradients(conv, plain_conv, x, weight, 1, pads)
 
 
 def test_of_several_weights_and_twice():
@@ -91,11 +93,32 @@ def test_of_several_weights_and_twice():
 
     def over_both(conv):
         each = jax.vmap(lambda w: (conv(x, w, 1, pads) ** 2).mean())
-        return jax.grad(lambda w: jnp.sum(jnp.sin(each(w) / 1e3)))(both)
+        return jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(each(w) / 1e3))))(both)
 
     def twice(conv):
         inner = jax.grad(lambda w: (conv(x, w, 1, pads) ** 3).mean())
-        return jax.grad(lambda w: (inner(w) ** 2).sum())(weight)
+        return jax.jit(jax.grad(lambda w: (inner(w) ** 2).sum()))(weight)
 
     for of in (over_both, twice):
         assert_close(of(cpu.dense_conv), of(plain_conv), 1e-5)
+
+
+def test_stays_on_its_device():
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    over_batch = NamedSharding(mesh, PartitionSpec("data"))
+    x, weight = normal(0, 8, 12, 16, 64), normal(1, 3, 3, 64, 64)
+
+    def loss(x, weight):
+        return jnp.sum(jnp.sin(cpu.dense_conv(x, weight, 1, ((1, 1), (1, 1)))))
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    sharded = gradients.lower(jax.device_put(x, over_batch), weight).compile()
+    for actual, expected in zip(
+        sharded(jax.device_put(x, over_batch), weight),
+        gradients(x, weight),
+        strict=True,
+    ):
+        assert_close(actual, expected)
+    program = sharded.as_text()
+    assert "all-gather" not in program
+    assert program.count("all-reduce(") == 1
