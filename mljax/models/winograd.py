@@ -56,6 +56,8 @@ def _squares(x: jax.Array, pads: Pads) -> tuple[int, int]:
     return -(-height // _STEP), -(-width // _STEP)
 
 
+# Outside a compiled program each of the many steps would be compiled by itself.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def conv(x: jax.Array, weight: jax.Array, pads: Pads) -> jax.Array:
     """x [batch, H, W, C], weight [3, 3, C, D], stride 1 -> [batch, H', W', D]."""
     batch, outputs = len(x), weight.shape[-1]
@@ -72,6 +74,7 @@ def conv(x: jax.Array, weight: jax.Array, pads: Pads) -> jax.Array:
     return y[:, :height, :width]
 
 
+@functools.partial(jax.jit, static_argnums=3, inline=True)
 def gradients(
     x: jax.Array, g: jax.Array, weight: jax.Array, pads: Pads
 ) -> tuple[jax.Array, jax.Array]:
