@@ -188,9 +188,10 @@ def test_a_note_is_given_once(made):
     noted = data._counted(source, config.expected)
     assert "not the 9 of the published data" in noted.notes[-1]
     assert data._counted(noted, config.expected) is noted
-    source = replace(source, labels=np.eye(*source.labels.shape, -1))
-    left = split.labelled(source)
-    assert left.notes == (f"{1} of {len(source)} images have no label, left out",)
+    images, labels = source.labels.shape
+    source = replace(source, labels=np.eye(images, labels))
+    left, gone = split.labelled(source), images - labels
+    assert left.notes == (f"{gone} of {images} images have no label, left out",)
     assert split.labelled(left) is left
 
 
