@@ -94,9 +94,6 @@ def _of_others(config: ConfigDict) -> Iterator[Check]:
         for key in model[head]:
             needed = f"config.model.head = {head}"
             yield f"model.{head}.{key}", model.head == head, needed
-    for key in graph:
-        needed = "config.model.head = gcn or gat"
-        yield f"model.graph.{key}", model.head in ("gcn", "gat"), needed
     random = "random vectors (embeddings = '')"
     yield "model.graph.embedding_dim", not graph.embeddings, random
     is_gat = model.head == "gat"

@@ -1,6 +1,5 @@
 """A work directory: its lock on one config, and files that are never half-written."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -99,7 +98,7 @@ class Lock:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._file is not None:
-            if isinstance(error, Exception):
+            if isinstance(error, UserError):
                 _let_go(Path(self.path))
             self._file.close()
 
@@ -141,11 +140,8 @@ class Lock:
 
 def _let_go(workdir: Path) -> None:
     """After a mistake before the first result: other settings may be tried there."""
-    with contextlib.suppress(UserError):
-        if not holds_checkpoint(str(workdir)) and not read_history(
-            workdir, sys.maxsize
-        ):
-            (workdir / CONFIG).unlink(missing_ok=True)
+    if all(_is_left(file) or file.name == CONFIG for file in workdir.iterdir()):
+        (workdir / CONFIG).unlink(missing_ok=True)
 
 
 def _machine() -> str:

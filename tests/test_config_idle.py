@@ -24,7 +24,6 @@ def read(*flags: str):
         (["loss.name=aam", "loss.asl.gamma_neg=2"], "loss.name = asl"),
         (["loss.name=bce", "loss.aam.k=0.5"], "loss.name = aam"),
         (["model.ml_decoder.dim=64"], "model.head = ml_decoder"),
-        (["model.graph.embeddings=x.npy"], "model.head = gcn or gat"),
         (["model.head=gcn", "model.graph.attention_dropout=0.2"], "model.head = gat"),
         (["ema.half_life=1000", "ema.decay=0.5"], "ema.half_life = 0"),
         (["train.patience=0", "train.warmup_epochs=2"], "patience above 0"),

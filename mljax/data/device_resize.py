@@ -43,8 +43,8 @@ def make_resize(data_config: ConfigDict) -> Resize:
         )
         # The pixels are exact in bfloat16, the weights are not. For HIGH a TPU adds up
         # three products in bfloat16; a GPU takes TF32, which is too short.
-        on_tpu = jax.default_backend() == "tpu"
-        precision = jax.lax.Precision.HIGH if on_tpu else jax.lax.Precision.HIGHEST
+        on_gpu = jax.default_backend() == "gpu"
+        precision = jax.lax.Precision.HIGHEST if on_gpu else jax.lax.Precision.HIGH
         product = partial(jnp.einsum, precision=precision)
         values = product("byh,bhwc->bywc", rows, images.astype(jnp.float32))
         values = product("bxw,bywc->byxc", columns, values)
