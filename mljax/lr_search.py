@@ -100,9 +100,7 @@ class Search:
         bad = batch["index"][~batch["ok"]]
         names = self.made.sources.train.names
         self.unreadable.update(names[i] for i in bad)
-        rows = sharding.batch_sharding(self.made.run.mesh)
-        placed = sharding.global_batch(pipeline.for_step(batch), rows)
-        return self.made.step_at(at)(state, placed, self.made.seed)
+        return self.made.step_at(at)(state, self.made.place(batch), self.made.seed)
 
     def batches(self) -> Iterator[Any]:
         """Those that a run of the config trains on, from its first step on."""

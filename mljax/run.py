@@ -185,9 +185,23 @@ def sized_batches(
     resize = device_resize.make_resize(config.data)
 
     def sized(batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        return {**batch, "image": resize(batch["image"], batch["size"])}
+        kept = {name: part for name, part in batch.items() if name != "size"}
+        return {**kept, "image": resize(batch["image"], batch["size"])}
 
     return sized
+
+
+def make_place(config: ConfigDict, mesh: Mesh) -> Callable[[Any], Any]:
+    """Training batches of the pipeline -> on the devices, as a step takes them.
+
+    Resizing is a program of its own: the step's is the same, to the last bit of what it
+    computes, wherever the pictures got their size.
+    """
+    rows = sharding.batch_sharding(mesh)
+    sized = sized_batches(config)
+    if config.data.resize_on_device:
+        sized = jax.jit(sized, out_shardings=rows)
+    return lambda batch: sized(sharding.global_batch(pipeline.for_step(batch), rows))
 
 
 def make_loss(config: ConfigDict, class_names: list[str]) -> Callable[..., jax.Array]:

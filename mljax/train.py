@@ -41,8 +41,8 @@ from mljax.run import (
     data_keys,
     make_augment,
     make_loss,
+    make_place,
     make_run,
-    sized_batches,
 )
 from mljax.terminal import Terminal
 
@@ -57,6 +57,7 @@ class Setup(NamedTuple):
         state: shape, type and place of every array of the state.
         initial: gives the state of step 0, on the devices.
         seed: int32 scalar, an input of the steps: all seeds share their programs.
+        place: a batch of the pipeline -> on the devices, as the steps take it.
         step_at: number of a step, from 1 on -> (state, batch, seed) -> (state,
             metrics), jitted; the state is donated.
     """
@@ -73,6 +74,7 @@ class Setup(NamedTuple):
     state: step.TrainState
     initial: Callable[[], step.TrainState]
     seed: jax.Array
+    place: Callable[[Any], Any]
     step_at: Callable[[int], Callable[..., Any]]
 
 
@@ -140,8 +142,6 @@ def setup(
         is_mean = config.loss.reduction == "mean"
         sam_groups = groups.over_devices(config.sam.groups, run.mesh, is_mean)
 
-    sized = sized_batches(config)
-
     def compiled(frozen: Any, full: bool) -> Any:
         make = partial(
             step.make_train_step,
@@ -166,7 +166,7 @@ def setup(
         )
 
         def train_step(state: Any, batch: Any, seed: jax.Array) -> Any:
-            return make(seed=seed)(state, sized(batch))
+            return make(seed=seed)(state, batch)
 
         return jax.jit(
             train_step,
@@ -199,6 +199,7 @@ def setup(
         state=sharding.abstract(shapes, shardings),
         initial=initial,
         seed=sharding.place(np.int32(config.seed), whole),
+        place=make_place(config, run.mesh),
         step_at=step_at,
     )
 
@@ -267,7 +268,6 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     known = progress.best is not None
     history = workdir.read_history(folder, start - progress.evaluation_due, known)
     workdir.write_history(folder, history)
-    rows = sharding.batch_sharding(run.mesh)
     batches = pipeline.train_batches(
         source,
         data_config=config.data,
@@ -343,7 +343,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             profiler.before(at)
             batch = next(batches)
             progress.see(batch, source.names, config.train.max_bad_steps)
-            placed = sharding.global_batch(pipeline.for_step(batch), rows)
+            placed = made.place(batch)
             program = made.step_at(at)
             state, metrics = program(state, placed, made.seed)
             terminal.speed.dispatched(metrics)

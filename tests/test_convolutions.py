@@ -222,6 +222,11 @@ def test_gradients_of_a_sharded_batch(dense):
             x = cpu.depthwise_conv(x, weight, 2, pads)
         return jnp.sum(jnp.sin(x))
 
+    assert_stays_on_its_device(loss, x, weight, over_batch)
+
+
+def assert_stays_on_its_device(loss, x, weight, over_batch):
+    """Both gradients, of a sharded batch and of a whole one; one all-reduce."""
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
     sharded = gradients.lower(jax.device_put(x, over_batch), weight).compile()
     for actual, expected in zip(

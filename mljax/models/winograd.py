@@ -4,7 +4,7 @@ Four pixels that lie in a square are computed together (Winograd's F(2x2, 3x3): 
 and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv 1509.09308, section
 4.1): the 4x4 pixels they see and the 3x3 weights become 16 sums each, and a matrix
 product over the channels follows for each of the 16. That is 16 multiplications where
-the definition takes 36, and rounds no worse: the sums are of few numbers.
+the definition takes 36, and it rounds about as well.
 """
 
 import functools
