@@ -174,8 +174,7 @@ def validate(config: ConfigDict, chosen: Collection[str] | None = None) -> None:
     idle = config_idle.found(config, flat, defaults, chosen)
     for key, needed in idle.items():
         raise UserError(
-            f"config.{key} = {flat[key]!r}: does nothing without {needed}; leave "
-            f"it at {defaults[key]!r}"
+            f"config.{key} = {flat[key]!r}: does nothing without {needed}; leave it out"
         )
     _validate_sam(config)
     _validate_data(config.data)
@@ -260,8 +259,15 @@ def _validate_data(data: ConfigDict) -> None:
 
 
 def idle(config: ConfigDict) -> set[str]:
-    """The keys that were changed and do nothing."""
+    """The keys that were changed and do nothing beside others that the config sets;
+    not those of other losses, heads, optimisers, schedules and sources."""
     return set(config_idle.found(config, flatten(config), flatten(common())))
+
+
+def all_idle(config: ConfigDict) -> set[str]:
+    """`idle`, and the settings of all that the config does not use."""
+    flat = flatten(config)
+    return set(config_idle.found(config, flat, flatten(common()), flat.keys()))
 
 
 def validate_devices(config: ConfigDict, devices: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mljax.config_rules import BELONGS_TO, FLAGS_BELONG_TO
+from mljax.config_rules import BELONGS_TO, FLAGS_BELONG_TO, NAMES
 
 Check = tuple[str, Any, str]  # a key, whether it acts, and what it needs if it does not
 
@@ -23,13 +23,20 @@ def found(
             gives them.
         chosen: the keys in question. None: all, but not the settings of other losses,
             heads, optimisers, schedules and sources, which a config may well keep.
+
+    What belongs to a source, head or loss that is not of mljax is not known: it may be
+    of the user's own, or misspelt, which is said later and better.
     """
+    unknown = {
+        key.partition(".")[0] for key, known in NAMES.items() if flat[key] not in known
+    }
     idle: dict[str, str] = {}
     for checks in (_of_data, _of_model, _of_optim, _of_sam, _of_others):
         if chosen is None and checks is _of_others:
             continue
         for key, acts, needed in checks(config):
             asked = chosen is None or key in chosen
+            asked = asked and key.partition(".")[0] not in unknown
             if asked and flat[key] != defaults[key] and not acts:
                 idle.setdefault(key, needed)
     return idle
@@ -96,7 +103,11 @@ def _of_others(config: ConfigDict) -> Iterator[Check]:
             yield f"model.{head}.{key}", model.head == head, needed
     random = "random vectors (embeddings = '')"
     yield "model.graph.embedding_dim", not graph.embeddings, random
-    is_gat = model.head == "gat"
+    is_file = graph.embeddings.endswith(".npy")
+    yield "model.graph.embedding_std", not is_file, "random vectors, or those of words"
+    is_graph, is_gat = model.head in ("gcn", "gat"), model.head == "gat"
+    for key in ("tau", "rho", "hidden_dim_scale"):
+        yield f"model.graph.{key}", is_graph, "config.model.head = gcn or gat"
     yield "model.graph.attention_dropout", is_gat, "config.model.head = gat"
 
     loss, aam = config.loss, config.loss.aam
@@ -118,6 +129,7 @@ def _of_others(config: ConfigDict) -> Iterator[Check]:
     yield "optim.pct_start", turns, "config.optim.schedule = one_cycle or cosine"
     for key in ("div_factor", "final_div_factor", "cycle_momentum"):
         yield f"optim.{key}", one_cycle, "config.optim.schedule = one_cycle"
+    yield "sam.update_stats", config.sam.rho > 0, "config.sam.rho above 0"
     yield "ema.decay", not config.ema.half_life, "config.ema.half_life = 0"
     patient = config.train.patience
     yield "train.warmup_epochs", patient, "config.train.patience above 0"

@@ -70,6 +70,21 @@ FLAGS_BELONG_TO = {
     "num_val": ("shapes",),
 }
 
+# Those of mljax, to which others may be added (README, "Add a part").
+NAMES = {
+    "data.name": (*FILE_SOURCES, "shapes", "shards", "tfds"),
+    "model.head": (
+        "linear",
+        "cosine",
+        "gcn",
+        "gat",
+        "ml_decoder",
+        "query2label",
+        "csra",
+    ),
+    "loss.name": ("bce", "focal", "asl", "aam"),
+}
+
 SIZES = ("data.image_size",)
 _SIZE: Rule = (_is_size, f"16 to {_PIXELS} (pixels), one number or height,width")
 

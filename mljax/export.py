@@ -194,8 +194,8 @@ def _check_output(args: argparse.Namespace, output: Path) -> None:
         raise UserError(f"--output {output}: exists; name another, or add --overwrite")
     if not FORMATS[args.format].may_replace(output):
         raise UserError(
-            f"--output {output}: exists and is no {args.format} export, so it is not "
-            "replaced; name another"
+            f"--output {output}: exists and is no {args.format} export, or holds other "
+            "files too, so it is not replaced; name another"
         )
 
 

@@ -195,7 +195,9 @@ def check_folder(path: str, settings: dict[str, Any], config: ConfigDict) -> Pat
 
 
 def run(args: argparse.Namespace) -> None:
-    config = program.read_config(args)
+    # The range test has no cycle, which replaces the momentum of a run.
+    steady = args.method == "range"
+    config = program.read_config(args, ("optim.momentum", "optim.b1") if steady else ())
     if config.optim.lr_from:
         raise UserError("config.optim.lr_from does nothing in a search: leave it out")
     settings = settings_of(args, config)

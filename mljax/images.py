@@ -6,6 +6,7 @@ The same pixels as in evaluation (`data.decode`, `data.fit`), up to rounding.
 import functools
 import io
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable
@@ -192,7 +193,10 @@ def _opened(file: Any, max_pixels: int) -> Image.Image:
     """By PIL, whose own limit of a picture's size gives way to a larger one."""
     try:
         return Image.open(file, formats=_FORMATS)
-    except Image.DecompressionBombError:
+    except Image.DecompressionBombError as error:
+        if max_pixels <= 2 * (Image.MAX_IMAGE_PIXELS or 0):  # from which on it refuses
+            size = re.search(r"\d+ pixels", str(error))
+            raise TooLarge(size[0] if size else "a picture", max_pixels) from None
         with _WITHOUT_LIMIT:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
@@ -312,10 +316,11 @@ def _orientation(image: Image.Image) -> int:
 def _first_frame(image: Image.Image) -> np.ndarray:
     """What a GIF shows first, on black, without the canvas around it: as TensorFlow."""
     tile = getattr(image, "tile", ())  # before it is decoded: where the frame lies
-    box = tile[0][1] if tile else (0, 0, *image.size)
+    left, top, right, bottom = tile[0][1] if tile else (0, 0, *image.size)
     frame = image.convert("RGBA")
     black = Image.new("RGBA", frame.size, (0, 0, 0, 255))
-    return np.asarray(Image.alpha_composite(black, frame).crop(box).convert("RGB"))
+    whole = np.asarray(Image.alpha_composite(black, frame).convert("RGB"))
+    return whole[top:bottom, left:right]
 
 
 def resize(

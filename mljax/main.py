@@ -8,7 +8,8 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 
 from ml_collections import ConfigDict
 
@@ -76,8 +77,11 @@ def parse_with(
     return args
 
 
-def read_config(args: argparse.Namespace) -> ConfigDict:
-    """The config that the flags ask for, checked; and no word from TensorFlow."""
+def read_config(args: argparse.Namespace, acting: Collection[str] = ()) -> ConfigDict:
+    """The config that the flags ask for, checked; and no word from TensorFlow.
+
+    acting: settings that do something in a program though they would not in training.
+    """
     # FILE may hold a colon of its own (a drive letter); ARG may not.
     path, colon, arg = args.config.rpartition(":")
     if not colon or os.path.isfile(args.config):
@@ -88,13 +92,13 @@ def read_config(args: argparse.Namespace) -> ConfigDict:
     for key, value in args.overrides:
         configs.override(config, key, value)
         chosen.add(key)
-    configs.validate(config, chosen)
+    configs.validate(config, chosen.difference(acting))
     quiet()
     return config
 
 
 def quiet() -> None:
-    """Before TensorFlow and Orbax are imported: they only say what goes wrong."""
+    """Before TensorFlow, Orbax and PIL are used: they only say what goes wrong."""
     # Nor shall TensorFlow, which only decodes images here, announce oneDNN.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -102,6 +106,9 @@ def quiet() -> None:
 
     # Orbax tells of one failed write in six tracebacks, and then raises it as well.
     logging.set_verbosity(logging.FATAL)
+    # PIL of large pictures: data.max_pixels is the limit.
+    bomb = "Image size .* could be decompression bomb"
+    warnings.filterwarnings("ignore", bomb, RuntimeWarning)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -238,8 +238,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     hosts.check_same("config.data.root", others, data)
     folder = Path(path).absolute()
     if jax.process_index() == 0:
-        workdir.open_for_training(path, config)
-        lock.take()
+        lock.open_for_training(config)
     hosts.wait("work directory")
     workdir.check_shared(path)
     about = {

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -85,31 +86,44 @@ class Lock:
 
     The system takes it back whenever the process ends. Where the file system has no
     locks (some buckets), nothing is locked; where it keeps those of a machine that is
-    gone (NFS), it is only said.
+    gone (NFS), it is only said. `patience`: seconds in which another run may end.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, patience: float = _LAST_SAVE):
+        self.path, self.patience = path, patience
         self.note = ""  # for the terminal
         self._file: IO[str] | None = None
+        self._is_held = self._is_new = False
 
     def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._file is not None:
-            if isinstance(error, UserError):
+            if self._is_new and isinstance(error, UserError):
                 _let_go(Path(self.path))
             self._file.close()
 
-    def take(self, patience: float = _LAST_SAVE) -> None:
-        """Waits up to `patience` seconds for another run to end.
+    def open_for_training(self, config: ConfigDict) -> None:
+        """`open_for_training` of the directory, which is locked from then on.
+
+        Raises UserError as that does, and as `take`. A directory that was new is as
+        before if the user's next mistake comes to light before the first result.
+        """
+        is_new = not (Path(self.path) / CONFIG).exists()
+        open_for_training(self.path, config)
+        self.take()
+        open_for_training(self.path, config)  # a run that ended may have taken it back
+        self._is_new = is_new and self._is_held
+
+    def take(self) -> None:
+        """Waits `patience` seconds at most for another run to end.
 
         Raises:
             UserError: it goes on, on this machine.
         """
         file = self._file = (Path(self.path) / _LOCK).open("a+")
-        until = time.monotonic() + patience
+        until = time.monotonic() + self.patience
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,6 +146,7 @@ class Lock:
                 return
             except OSError:
                 return
+        self._is_held = True
         file.truncate(0)
         process = f"process {os.getpid()} on {socket.gethostname()}"
         file.write(f"{process}\n{_machine()}\n")
@@ -139,9 +154,13 @@ class Lock:
 
 
 def _let_go(workdir: Path) -> None:
-    """After a mistake before the first result: other settings may be tried there."""
-    if all(_is_left(file) or file.name == CONFIG for file in workdir.iterdir()):
-        (workdir / CONFIG).unlink(missing_ok=True)
+    """Takes back what a run without a result made, so that others may be tried."""
+    made = [workdir / name for name in ("label_graph.npz", "label_graph.png", CONFIG)]
+    events = workdir / "tensorboard"
+    if all(_is_left(f) or f in (*made, events) for f in workdir.iterdir()):
+        shutil.rmtree(events, ignore_errors=True)
+        for file in made:
+            file.unlink(missing_ok=True)
 
 
 def _machine() -> str:
@@ -190,7 +209,11 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def _check_same(path: str, old: ConfigDict, new: ConfigDict) -> None:
-    if changed := differences(configs.flatten(old), configs.flatten(new)):
+    before, now = configs.flatten(old), configs.flatten(new)
+    # What does nothing may change: flags that do are refused, which they once were not.
+    for key in configs.all_idle(old) | configs.all_idle(new):
+        now[key] = before[key]
+    if changed := differences(before, now):
         raise UserError(
             f"--workdir {path}: holds a run of another config ({changed}); name "
             "another directory, or use the same settings to continue it"
@@ -231,12 +254,7 @@ def _is_left(file: Path) -> bool:
     if file.name == HISTORY:
         return not file.stat().st_size
     is_part = file.name.startswith(".") and file.name.endswith(".part")
-    return is_part or file.name in (
-        _LOCK,
-        "tensorboard",
-        "label_graph.npz",
-        "label_graph.png",
-    )
+    return is_part or file.name == _LOCK
 
 
 def read_history(

@@ -3,8 +3,12 @@
 import pytest
 
 from mljax import config as configs
-from mljax import main
+from mljax import config_rules, find_lr, main
+from mljax.data import DATASETS
 from mljax.errors import UserError
+from mljax.losses import LOSSES
+from mljax.models import HEADS
+from mljax.run import check_names
 
 
 def read(*flags: str):
@@ -27,11 +31,35 @@ def read(*flags: str):
         (["model.head=gcn", "model.graph.attention_dropout=0.2"], "model.head = gat"),
         (["ema.half_life=1000", "ema.decay=0.5"], "ema.half_life = 0"),
         (["train.patience=0", "train.warmup_epochs=2"], "patience above 0"),
+        (["model.graph.tau=0.3"], "model.head = gcn or gat"),
+        (["sam.rho=0", "sam.update_stats=first"], "sam.rho above 0"),
     ],
 )
 def test_what_does_nothing_is_refused(flags, message):
     with pytest.raises(UserError, match=f"does nothing without .*{message}"):
         read("--config=configs/shapes.py", *(f"--config.{flag}" for flag in flags))
+
+
+def test_the_names_of_mljax_are_known():
+    registries = {"data.name": DATASETS, "model.head": HEADS, "loss.name": LOSSES}
+    assert config_rules.NAMES.keys() == registries.keys()
+    for key, names in config_rules.NAMES.items():
+        assert set(names) == set(registries[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("data.name=COCO", "data.root=x"),
+        ("model.head=ml_decodr", "model.ml_decoder.dim=64"),
+        ("loss.name=als", "loss.asl.gamma_neg=2"),
+    ],
+)
+def test_names_that_are_not_of_mljax_are_judged_later(name, flag):
+    """They may be the user's own; if not, `check_names` says it."""
+    found = read("--config=configs/shapes.py", *(f"--config.{x}" for x in (name, flag)))
+    with pytest.raises(UserError, match="must be one of"):
+        check_names(found)
 
 
 @pytest.mark.parametrize("key", ["num_train", "num_val"])
@@ -83,6 +111,19 @@ def test_a_file_of_ones_own_is_held_to_it(tmp_path):
     with pytest.raises(UserError, match="does nothing without .*rho above 0"):
         read(f"--config={file}")
     assert read(f"--config={file}", "--config.sam.rho=0.1").sam.every_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("range", "no such file"), ("tpe", "does nothing without")],
+)
+def test_the_range_test_has_no_cycle_that_replaces_the_momentum(
+    tmp_path, capsys, method, words
+):
+    flags = ["--config=configs/coco.py", "--config.optim.momentum=0.85"]
+    flags += [f"--config.data.root={tmp_path}", f"--method={method}"]
+    assert find_lr.main([*flags, f"--workdir={tmp_path / 'search'}"]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_a_misspelt_loss_is_not_taken_for_one_with_logits():

@@ -1,4 +1,4 @@
-"""Resizing inside the step gives what resizing on the host gives."""
+"""Resizing on the device gives what resizing on the host gives."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from mljax import config as configs
 from mljax import sharding
 from mljax.data import annotations, device_resize, pipeline
 from mljax.errors import UserError
-from mljax.run import sized_batches
+from mljax.run import make_place, sized_batches
 
 CANVAS = 96
 # Smaller and larger than the target, of its very size, and as large as the canvas.
@@ -114,6 +114,23 @@ def test_evaluation_resizes_as_ever(tmp_path):
     source = annotations.read(file, "val", config.max_pixels)
     found = next(pipeline.eval_batches(source, data_config=config, batch_size=6))
     assert "size" not in found and found["image"].shape == (6, 48, 64, 3)
+
+
+def test_steps_get_their_rows_of_one_size(tmp_path):
+    config = configs.common()
+    config.data = data_config(
+        photos(tmp_path, SIZES + SIZES[:2]), image_size=(48, 64), fit="stretch"
+    )
+    config.data.resize_on_device = CANVAS
+    (sent,) = batches(config.data, 1)
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    placed = make_place(config, mesh)(sent)
+    assert placed.keys() == {"image", "labels"}
+    rows = sharding.batch_sharding(mesh)
+    for name, array in placed.items():
+        assert array.sharding.is_equivalent_to(rows, array.ndim), name
+    np.testing.assert_array_equal(placed["image"], on_device(config.data, sent))
+    np.testing.assert_array_equal(placed["labels"], sent["labels"])
 
 
 def test_nothing_is_sent_between_devices():

@@ -214,10 +214,11 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     decision.save(*_step(run), Decision(np.full(14, 0.3, np.float32), None, {}))
     call(capsys, *arguments, "--overwrite")
     np.testing.assert_allclose(export.load(output).thresholds, 0.3)
-    (output / "thesis.txt").write_text("mine")  # put there later
-    assert "no " + form in call(capsys, *arguments, "--overwrite")
-    assert (output / "thesis.txt").read_text() == "mine"
-    (output / "thesis.txt").unlink()
+    for name in ("thesis.txt", "assets.extra/tf_serving_warmup_requests"):
+        (output / name).write_text("mine")  # put there later
+        assert "holds other files too" in call(capsys, *arguments, "--overwrite")
+        assert (output / name).read_text() == "mine"
+        (output / name).unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
 
 

@@ -83,6 +83,8 @@ def test_calibration_by_hand():
     np.testing.assert_allclose(found.true, [0.5, 0.5, 1.0])
     np.testing.assert_array_equal(found.entries, [2, 2, 1])
     assert found.error == pytest.approx((2 * 0.475 + 2 * 0.01) / 5)
+    p[0, 0] = np.nan  # counts as 0
+    assert numbers.calibration(p, labels, bins=10).error == found.error
 
 
 def test_confusions_and_most_wrong_by_hand():

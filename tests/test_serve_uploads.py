@@ -17,7 +17,7 @@ from test_serve import (  # noqa: F401 (fixtures)
     serving,
 )
 
-from mljax import export, images
+from mljax import export, images, main
 from mljax.serve import uploads
 
 FORM = "multipart/form-data; boundary=edge"
@@ -90,10 +90,23 @@ def test_a_palette_with_alphas_is_read_without_a_word():
     np.testing.assert_array_equal(found, np.full((4, 4, 3), [6, 7, 8]))
 
 
-def test_the_limit_of_pixels_is_ours_not_that_of_pil(monkeypatch):
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_the_limit_of_pixels_is_ours_not_that_of_pil(monkeypatch, form):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    picture = encoded(0)  # 40 x 50
-    assert images.read(picture, 2000).shape == (40, 50, 3)
-    with pytest.raises(images.TooLarge, match="2000 pixels, more than .* = 1999"):
-        images.read(picture, 1999)
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(file, form)
+    assert images.read(file.getvalue(), 2000).shape == (40, 50, 3)
+    for limit in (1999, 200):  # PIL refuses from 200 on, and is left to
+        with pytest.raises(images.TooLarge, match=f"2000 pixels, more .* = {limit}"):
+            images.read(file.getvalue(), limit)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_programs_do_not_hear_pil_warn_of_what_is_allowed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(images.UnreadableImage, match="bomb"):
+            images.read(encoded(0), 2000)
+        main.quiet()
+        assert images.read(encoded(0), 2000).shape == (40, 50, 3)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import data_trees
 import pytest
@@ -43,27 +44,62 @@ def test_another_config_is_refused_and_left_alone(tmp_path):
     assert (folder / "config.json").read_text() == before
 
 
-def test_a_mistake_before_the_first_result_does_not_lock_it(tmp_path):
+def test_what_does_nothing_may_change(tmp_path):
     config = configs.load("configs/shapes.py")
-    path = str(tmp_path / "run")
+    folder = str(tmp_path / "run")
+    config.optim.momentum = 0.5  # which the cycle replaces
+    workdir.open_for_training(folder, config)
+    config.optim.momentum, config.loss.focal.gamma = 0.9, 1.0
+    workdir.open_for_training(folder, config)
+    config.optim.cycle_momentum = False
+    with pytest.raises(UserError, match=r"optim\.cycle_momentum was True"):
+        workdir.open_for_training(folder, config)
 
-    def begin(error, *made):
-        folder = workdir.open_for_training(path, config)
-        with pytest.raises(type(error)), workdir.Lock(path) as lock:
-            lock.take()
-            for name in made:
-                (folder / name).mkdir(parents=True)
-            workdir.write_history(folder, [{"step": 1}] * ("best/1" in made))
-            raise error
 
-    begin(UserError("x"), "checkpoints", "best", "tensorboard")
+def begin(path, config, error, *made):
+    """A run that makes these files and folders and ends with the error."""
+    with pytest.raises(type(error)), workdir.Lock(path) as lock:
+        lock.open_for_training(config)
+        for name in made:
+            file = Path(path) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("")
+        raise error
+
+
+def test_a_mistake_before_the_first_result_leaves_no_trace(tmp_path):
+    config = configs.load("configs/shapes.py")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    made = ("tensorboard/events", "label_graph.npz", "label_graph.png")
+    begin(str(tmp_path), config, UserError("x"), *made)
+    kept = {".lock", "checkpoints", "metrics.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} == kept
     config.optim.lr *= 2
-    begin(KeyboardInterrupt())  # which is no mistake
-    begin(UserError("x"), "best/1")
-    for factor in (2, 2):
-        config.optim.lr *= factor
-        with pytest.raises(UserError, match="holds a run of another config"):
-            workdir.open_for_training(path, config)
+    begin(str(tmp_path), config, UserError("x"))  # other settings are welcome
+
+
+@pytest.mark.parametrize(
+    ("error", "made"),
+    [
+        (KeyboardInterrupt(), ()),  # which is no mistake
+        (UserError("x"), ("best/1",)),
+        (UserError("x"), ("thesis.tex",)),
+    ],
+)
+def test_other_ends_keep_it_as_it_is(tmp_path, error, made):
+    config = configs.load("configs/shapes.py")
+    begin(str(tmp_path), config, error, "tensorboard/events", *made)
+    begin(str(tmp_path), config, UserError("of the next start"))
+    files = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+    assert files == {".lock", "config.json", "tensorboard/events", *made}
+
+
+def test_what_others_made_is_no_empty_directory(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    config = configs.load("configs/shapes.py")
+    with pytest.raises(UserError, match="is not empty and holds no mljax run"):
+        workdir.open_for_training(str(tmp_path), config)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -144,15 +180,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_directory_in_which_another_run_trains_is_refused(tmp_path):
+    config = configs.load("configs/shapes.py")
     with workdir.Lock(str(tmp_path)) as first:
-        first.take()
+        first.open_for_training(config)
         with (
-            workdir.Lock(str(tmp_path)) as second,
             pytest.raises(UserError, match=f"another run trains there .process {PID} "),
+            workdir.Lock(str(tmp_path), patience=0) as second,
         ):
-            second.take(patience=0)
-    with workdir.Lock(str(tmp_path)) as third:
-        third.take(patience=0)
+            second.open_for_training(config)
+        assert (tmp_path / "config.json").exists()
+    with workdir.Lock(str(tmp_path), patience=0) as third:
+        third.take()
         assert not third.note
 
 
@@ -161,8 +199,8 @@ def test_the_lock_of_a_machine_that_is_gone_stops_nobody(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(workdir, "_machine", lambda: "another")
             first.take()
-        with workdir.Lock(str(tmp_path)) as second:
-            second.take(patience=0)
+        with workdir.Lock(str(tmp_path), patience=0) as second:
+            second.take()
             assert f"is locked by process {PID} on " in second.note
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -82,9 +81,7 @@ def scan(
         return ImageFacts(key, height, width, "", traits + _long(height, width))
 
     found = []
-    with warnings.catch_warnings(), ThreadPoolExecutor(num_cpus()) as pool:
-        # Of PIL, about large pictures: the report lists them.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor(num_cpus()) as pool:
         for one in pool.map(facts, range(len(source))):
             found.append(one)
             progress(len(found))

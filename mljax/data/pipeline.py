@@ -174,7 +174,7 @@ def _stream(
             pictures, reasons = _one_by_one(load, readable_rows(step), data_config)
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
-                more = ", raise it" if "data.max_pixels" in reason else ""
+                more = ", raise data.max_pixels" if "data.max_pixels" in reason else ""
                 raise UserError(
                     f"{source.names[first]}: cannot be read ({reason}); replace it"
                     f"{more} or set data.on_error=skip (without it on the list it is a "

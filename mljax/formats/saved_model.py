@@ -20,8 +20,8 @@ from mljax.formats.program import INPUT, OUTPUTS, Program, check
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _STABLEHLO = "1.8.0"  # TensorFlow 2.21 reads up to 1.13, JAX 0.12 writes 1.18
 _ABOUT = "assets.extra/about.json"
-# What is written, and nothing else.
-_PARTS = {"saved_model.pb", "fingerprint.pb", "variables", "assets", "assets.extra"}
+# The files that are written, but for those in variables/.
+_FILES = {"saved_model.pb", "fingerprint.pb", _ABOUT}
 
 
 def write(program: Program, path: Path) -> None:
@@ -109,4 +109,6 @@ def may_replace(path: Path) -> bool:
         check(json.loads((path / _ABOUT).read_text(encoding="utf-8")), path)
     except (OSError, ValueError, UserError):
         return False
-    return {part.name for part in path.iterdir()} <= _PARTS
+    files = [part for part in path.rglob("*") if not part.is_dir()]
+    others = {str(part.relative_to(path)) for part in files} - _FILES
+    return all(name.startswith("variables/variables.") for name in others)

@@ -50,6 +50,8 @@ def read_curves(folder: Path) -> Curves:
                     values[point.step] = float(number)
             last = max(last, points[-1].wall_time)
         seconds += last - first
+    if not found:
+        raise UserError(f"{folder} holds no curves: its event files are empty")
     series = {}
     for tag, values in found.items():
         steps = np.array(sorted(values))

@@ -82,7 +82,11 @@ class Calibration(NamedTuple):
 
 
 def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """Reliability of probabilities [num_images, num_classes] (Naeini et al. 2015)."""
+    """Reliability of probabilities [num_images, num_classes] (Naeini et al. 2015).
+
+    NaN counts as 0, as in all of evaluation.
+    """
+    p = np.nan_to_num(p)
     error = calibration_error(p, labels, bins)
     known = labels != -1
     p, y = p[known].astype(np.float64), labels[known] == 1
