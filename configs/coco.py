@@ -24,9 +24,10 @@ weights mobilenetv3_large_100.miil_in21k, tf_efficientnetv2_m, resnet101; linear
 gat, query2label, csra; without an argument: mobilenetv3_large_100,linear). No figure is
 known for them, and the run says so.
 `tfds` reads coco/2014 from TensorFlow Datasets, with data.root as its data directory,
-and leaves them out too. `debug` is one epoch of small images.
+and leaves out images without a label too. `debug` is one epoch of small images.
 
-Training images are augmented with RandAugment, Cutout and the flip, as published.
+Training images are augmented with RandAugment, Cutout and (but with asl) the
+flip, as published.
 The figures were chosen on the test images; data.holdout chooses on a part of train.
 """
 

@@ -258,7 +258,7 @@ def get_config(arg: str = "") -> ConfigDict:
     sam.adaptive = False
     # The perturbation is that of the whole batch (1), or each of so many equal parts of
     # the batch has its own: m-sharpness. As many as devices, or as mesh.data (groups of
-    # mesh.fsdp devices), or a multiple; model.batch_norm_groups is the same or more.
+    # mesh.fsdp devices), or a multiple; model.batch_norm_groups is a multiple of it.
     sam.groups = 1
     sam.update_stats = "both"  # BatchNorm statistics move in passes: both | first
     # SAM for less than two passes a step, in one of three ways:

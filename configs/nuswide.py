@@ -23,7 +23,8 @@ an argument: mobilenetv3_large_100,linear). No figure is known for them, and the
 says so.
 `debug` is one epoch of small images.
 
-Training images are augmented with RandAugment, Cutout and the flip, as published.
+Training images are augmented with RandAugment, Cutout and (but with asl) the
+flip, as published.
 The graph heads of the paper start from word vectors: name a GloVe file with
 --config.model.graph.embeddings, without it they are random. The scale of aam and the
 learning rate are those of the head on COCO (ML-Decoder) and VOC (graph); what was used

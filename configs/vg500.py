@@ -18,7 +18,8 @@ tf_efficientnetv2_s.in21k (_m, _l), tresnet_l.miil_in1k, tresnet_v2_l.miil_in21k
 resnet101.a1h_in1k. `debug` is one epoch of small images.
 
 The settings are those of the head on COCO (ML-Decoder, here with 100 queries for 5
-labels each) and VOC (graph), with RandAugment, Cutout and the flip.
+labels each) and VOC (graph), with RandAugment, Cutout and (but with
+asl) the flip.
 """
 
 from ml_collections import ConfigDict

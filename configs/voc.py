@@ -26,7 +26,8 @@ known for them, and the run says so.
 --config.data.tfds_labels=labels_no_difficult leaves difficult objects out, as the VOC
 evaluation does. `debug` is one epoch of small images.
 
-Training images are augmented with RandAugment, Cutout and the flip, as published.
+Training images are augmented with RandAugment, Cutout and (but with asl) the
+flip, as published.
 The graph heads of the paper start from word vectors: name a GloVe file with
 --config.model.graph.embeddings, without it they are random. The figures were chosen on
 the test images; data.holdout chooses on a part of train. The scale of aam that went

@@ -24,6 +24,7 @@ trap pass_on INT TERM
 for ((restart = 0; ; restart++)); do
     "$@" &
     running=$!
+    [ -z "$asked" ] || pass_on # asked before it had a number
     while wait "$running"; code=$?; kill -0 "$running" 2>/dev/null; do :; done
     running=
     case "$code" in 0 | 1 | 2 | 126 | 127 | 130) exit "$code" ;; esac
@@ -33,6 +34,7 @@ for ((restart = 0; ; restart++)); do
     echo "restarting: exit code $code, start $((restart + 2))" >&2
     sleep "${PAUSE:-5}" &
     running=$!
+    [ -z "$asked" ] || pass_on
     wait "$running"
     [ -z "$asked" ] || exit "$code"
 done

@@ -2,10 +2,12 @@
 
 `WORKDIR/checkpoints/STEP` holds the whole training state (the last two), `WORKDIR/best/
 STEP` the weights to use: `params` and `batch_stats`, averaged or raw, whichever was
-better. Both carry a JSON description (config, class names, progress).
+better. Both carry a JSON description (config, class names, progress); what came of the
+evaluation of a step is in a file beside its state.
 """
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,11 +17,13 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from mljax import workdir
 from mljax.errors import UserError
 from mljax.models.functional import NETWORKS
 
 FORMAT = 1  # of the description; raised when older code could not read it
 _AGAIN = "copy the whole directory again, or name another step"
+_AMENDED = "amended.json"
 _LAST_WRITE = 60.0  # seconds
 _KEEP = 2  # the older one stays until the newer one is wholly written
 
@@ -70,7 +74,23 @@ class Checkpoints:
         folder = self.folder / str(step)
         with _readable_errors(folder, damaged=self._advice(step)):
             found = self._orbax.checkpointables_metadata(step).custom_metadata
-        return check_format(found, folder, self._advice(step))
+        return check_format(found, folder, self._advice(step)) | self._amended(step)
+
+    def amend(self, step: int, **about: Any) -> None:
+        """Changes the description of a step that is wholly written, or does nothing."""
+        workdir.write_text(self.folder / str(step) / _AMENDED, json.dumps(about))
+
+    def _amended(self, step: int) -> dict[str, Any]:
+        file = self.folder / str(step) / _AMENDED
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{file}: is damaged ({error}); delete it, and the step is evaluated "
+                "again"
+            ) from None
 
     def _advice(self, step: int) -> str:
         """What to do where `step` is damaged."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mljax import backend, evaluate, results, tables, workdir
+from mljax import backend, evaluate, hosts, results, tables, workdir
 from mljax import config as configs
 from mljax.checkpoint import describe, find_best
 from mljax.data import DATASETS
@@ -27,14 +27,15 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     backend.set_up()
     check_names(config)
     folder = Path(path).absolute()
-    best = find_best(folder)
+    # Once: a run that goes on there may save another.
+    best = Path(hosts.of_first(str(find_best(folder))))
     changed = _compare(config, describe(best)["config"], path)
     config = config.copy_and_resolve_references()
     configs.without_step(config, jax.device_count())
     val = DATASETS[config.data.name](config.data, config.seed).val
     results.need_positives(val, "val")
     run = make_run(config, val.class_names)
-    run, variables, about = results.best_weights(run, folder)
+    run, variables, about = results.best_weights(run, best)
     workdir.check_same_classes(path, about, val.class_names)
     scores = run.scores({"best": variables}, val)
     report = evaluate.report(scores["best"], run.probabilities)

@@ -2,8 +2,8 @@
 
 What is exported takes uint8 images, any number of them, and has everything inside:
 normalising, the network, probabilities (calibrated), labels (by the thresholds of the
-checkpoint), the class names. It computes in float32. Nothing is kept that gives other
-probabilities than the checkpoint does.
+checkpoint), the class names. It computes in float32. But for --int8 nothing is
+kept that gives other probabilities than the checkpoint does.
 
     from mljax import export
 

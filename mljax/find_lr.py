@@ -186,7 +186,7 @@ def check_folder(path: str, settings: dict[str, Any], config: ConfigDict) -> Pat
                 f"--workdir {path}: holds another search ({changed}); name another "
                 "directory, or use the same settings to continue it"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not workdir.is_left(f) for f in folder.iterdir()):
         raise UserError(
             f"--workdir {path}: is not empty and holds no search; name a new or empty "
             "directory"
@@ -219,15 +219,20 @@ def run(args: argparse.Namespace) -> None:
     # All that can be wrong is found before the directory is touched.
     search = lr_search.prepare(config, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = config.to_dict()
-    _write(folder / LOCK, {**settings, "config": stored})
-    if args.method == "range":
-        found = lr_search.by_range(search, folder, settings)
-    else:
-        found = lr_search.by_trials(search, folder, settings, config.optim.lr)
-    workdir.write_unreadable(folder, search.unreadable)
-    found = {**settings, **found, "config": stored}
-    _write(result, found)
+    with workdir.Lock(args.workdir) as lock:
+        lock.take()
+        if lock.note:
+            print(lock.note)
+        check_folder(args.workdir, settings, config)  # another may have begun meanwhile
+        stored = config.to_dict()
+        _write(folder / LOCK, {**settings, "config": stored})
+        if args.method == "range":
+            found = lr_search.by_range(search, folder, settings)
+        else:
+            found = lr_search.by_trials(search, folder, settings, config.optim.lr)
+        workdir.write_unreadable(folder, search.unreadable)
+        found = {**settings, **found, "config": stored}
+        _write(result, found)
     tell(found, args.workdir)
 
 

@@ -34,7 +34,8 @@ class Heatmaps(NamedTuple):
         labels: of the maps, the likeliest first unless they were asked for by name.
         probabilities: float32 [num_labels].
         maps: float32 [num_labels, rows, columns], as coarse as the backbone's map.
-            "cam": logits or cosines that average to the label's; "attention": shares
+            "cam": logits or cosines that average to the label's (with
+            `eval.flip` those of the photo as it is); "attention": shares
             of 1; "gradcam": 0 or more.
         size: (height, width) of the photo.
         inside, part: how the photo lies under the maps, see `images.seen`.

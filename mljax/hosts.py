@@ -252,7 +252,7 @@ class _Watcher:
 def _fail(error: BaseException, watcher: _Watcher, config: ConfigDict) -> None:
     """Tells the others why this process ends, and ends it."""
     text = one_line(error)
-    if text is None and isinstance(error, jax.errors.JaxRuntimeError):
+    if _is_of_jax(error) and (text is None or isinstance(error, UserError)):
         # Most likely because another process died or failed. If it failed the watcher
         # knows in a moment; if it died JAX will say which one, and ends this program.
         time.sleep(config.heartbeat_timeout + 2 * _LAST_WORDS)
@@ -269,6 +269,15 @@ def _fail(error: BaseException, watcher: _Watcher, config: ConfigDict) -> None:
         key = f"{_FAILED}/{jax.process_index()}"
         _client().key_value_set(key, f"{here}: {text}")
     _leave(1)
+
+
+def _is_of_jax(error: BaseException | None) -> bool:
+    """Whether it is, or came of, an error of a computation or of waiting for others."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _leave(code: int) -> None:

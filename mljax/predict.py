@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mljax.decision import Decision
 
 BATCH = 32
+_NAMELESS = "an image"
 
 
 def load(checkpoint: str | Path, batch_size: int = BATCH) -> "Predictor":
@@ -110,7 +111,7 @@ class Predictor:
                 a single image of any of these kinds.
 
         Raises:
-            UserError: an image cannot be read; names it.
+            UserError: an image cannot be read; names it, or its place.
         """
         from PIL import Image
 
@@ -118,9 +119,10 @@ class Predictor:
         if single or isinstance(images, str | Path | bytes | Image.Image):
             images = [images]
         rows = []
-        for row in self.each(images):
+        for place, row in enumerate(self.each(images)):
             if row.error:
-                raise UserError(f"{row.path}: cannot be read ({row.error})")
+                name = row.path if row.path != _NAMELESS else f"images[{place}]"
+                raise UserError(f"{name}: cannot be read ({row.error})")
             rows.append(row.probabilities)
         return np.stack(rows) if rows else np.zeros((0, len(self.class_names)), "f4")
 
@@ -156,7 +158,7 @@ class Predictor:
         pixels = [image for image in read if isinstance(image, np.ndarray)]
         found = iter(self.probabilities(pixels))
         for image, result in zip(batch, read, strict=True):
-            path = str(image) if isinstance(image, str | Path) else "an image"
+            path = str(image) if isinstance(image, str | Path) else _NAMELESS
             if isinstance(result, str):
                 yield Row(path, np.zeros(0, np.float32), result)
             else:

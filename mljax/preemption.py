@@ -41,6 +41,13 @@ class Watch:
             return multihost_utils.reached_preemption_sync_point(step)
         return bool(self.received)
 
+    def asked_until(self, step: int) -> bool:
+        """`asked`, before the first step of a run that goes on from `step`.
+
+        The processes agree on one of the numbers that they ask for, and begin at 1.
+        """
+        return any(self.asked(at) for at in range(1, step + 1))
+
     def stops(self, step: int) -> Callable[[], None]:
         """For a long evaluation after `step`: raises `stopped` once this run is asked
         to stop. Does nothing with several processes, which agree after steps only."""

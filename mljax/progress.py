@@ -21,8 +21,7 @@ class Progress:
         best: the row of the best evaluation, with "weights" and "per_class".
         unreadable: names of images that could not be read.
         unreadable_in_row: steps without a single readable image, up to now.
-        evaluation_due: whether the step it is saved with ends an epoch whose
-            evaluation was left for the next start.
+        evaluation_due: whether the step it is saved with is still to be evaluated.
     """
 
     loss_sum: float = 0.0

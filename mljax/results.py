@@ -132,10 +132,10 @@ def write_summary(
     return summary
 
 
-def best_weights(run: Run, folder: Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
-    """The best variables of a work directory, placed on the mesh, with the run that
-    uses them (`for_use`), and their description."""
-    variables, about = checkpoint.load_variables(checkpoint.find_best(folder))
+def best_weights(run: Run, path: Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+    """The variables of a saved step, or the best of a work directory, placed on the
+    mesh, with the run that uses them (`for_use`), and their description."""
+    variables, about = checkpoint.load_variables(checkpoint.find_best(path))
     run, variables = for_use(run, variables)
     placed = sharding.place(variables, sharding.state_sharding(variables, run.mesh))
     return run, placed, about
@@ -203,8 +203,8 @@ def finish(
 ) -> dict[str, Any]:
     """The table and the picture of the best weights; with a held-out part of train,
     their metrics on val, which had no say in the choice, if val has labels."""
-    run, variables, _ = best_weights(run, folder)
     best = progress.best or {}
+    run, variables, _ = best_weights(run, folder / "best" / str(best["step"]))
     more = {}
     val = shown = sources.val
     figures, per_class = best, best["per_class"]

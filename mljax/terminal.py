@@ -1,6 +1,9 @@
 """What a run says: lines on the terminal and curves in TensorBoard."""
 
+import contextlib
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,8 +45,14 @@ class Terminal:
             self._writer = curves_writer(folder / "tensorboard", start)
 
     def say(self, text: str) -> None:
-        if self.first:
+        if not self.first:
+            return
+        try:
             print(text, flush=True)
+        except OSError as error:  # nor does a run end for its log
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+            with contextlib.suppress(OSError):
+                print(f"log: no more from here on ({error})", file=sys.stderr)
 
     def opening(
         self,

@@ -33,7 +33,7 @@ from mljax import (
 from mljax.checkpoint import Checkpoints, finishing
 from mljax.data import DATASETS, pipeline
 from mljax.data.source import Source, Sources
-from mljax.errors import Stopped, UserError
+from mljax.errors import UserError
 from mljax.progress import Progress
 from mljax.run import (
     Run,
@@ -227,7 +227,9 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     resumes = workdir.holds_checkpoint(path)
     stored = workdir.read_config(Path(path)) if resumes else None
     config, found = find_lr.resolve(config, stored)
-    # All that can be wrong is found before the work directory is touched.
+    if resumes and jax.process_index() == 0:
+        lock.open_for_training(config)  # another run may still compute, and save there
+    # All else that can be wrong is found before the work directory is touched.
     made = setup(config, resumes=resumes)
     sources, run, graph = made.sources, made.run, made.graph
     steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
@@ -255,7 +257,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     if start:
         saved = last.about(start)
         workdir.check_same_data(path, saved, about)
-        progress = Progress.from_dict(saved["progress"])
+        progress = Progress.from_dict(hosts.of_first(saved["progress"]))
         state = last.load(start, made.state)
     else:
         workdir.check_nothing_lost(folder)
@@ -263,9 +265,10 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         state = (setup(config) if resumes else made).initial()
     workdir.keep_config(folder, config)
     # What came after the last whole checkpoint is computed again, to the same bits.
-    best.drop_after(start)
+    done = start - progress.evaluation_due
+    best.drop_after(done)
     known = progress.best is not None
-    history = workdir.read_history(folder, start - progress.evaluation_due, known)
+    history = workdir.read_history(folder, done, known)
     workdir.write_history(folder, history)
     batches = pipeline.train_batches(
         source,
@@ -292,15 +295,10 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         terminal.step(at, values, progress)
 
     def judge(at: int, epoch: int, check: Callable[[], None] | None = None) -> None:
-        """Evaluates step `at`, keeps the weights if they are the best so far."""
+        """Evaluates step `at`, which is saved, and keeps the weights if they are the
+        best so far."""
         variants = results.variants(state, run.is_pair)
-        try:
-            scores = run.scores(variants, made.judge, check)
-        except (UserError, Stopped):  # of several processes perhaps in one alone
-            if at > start and jax.process_count() == 1:
-                progress.evaluation_due = True
-                save(at)
-            raise
+        scores = run.scores(variants, made.judge, check)
         progress.unreadable.update(evaluate.unreadable(scores, made.judge.names))
         terminal.unreadable(progress)
         # One process decides: on another processor the last bit may differ.
@@ -310,16 +308,19 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             patience=config.train.patience,
             warmed_up=epoch > config.train.warmup_epochs,
         )
-        last.wait()  # so that two evaluations mean that there is a checkpoint
+        last.wait()  # so that an evaluation means that there is a checkpoint
         if decision.is_best:
             chosen = variants[results.variant(row)]
             progress.best = {**row, "per_class": per_class}
             best.save(at, chosen, {**about, "best": progress.best})
             best.wait()
         progress.stopping, progress.stopped = decision.state, decision.stop
+        progress.evaluation_due = False
         history.append(row)
         workdir.write_history(folder, history)
         results.write_summary(folder, progress, history, names, made.chosen_on)
+        workdir.write_unreadable(folder, progress.unreadable)
+        last.amend(at, progress=progress.to_dict())
         terminal.evaluation(row, decision)
 
     def save(at: int) -> None:
@@ -327,15 +328,15 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         last.save(at, state, {**about, "progress": progress.to_dict()})
         workdir.write_unreadable(folder, progress.unreadable)
 
-    if progress.evaluation_due:
-        progress.evaluation_due = False
-        judge(start, start // steps_per_epoch)
-        if start == total_steps:  # nothing comes that would tell it is done
-            save(start)
     batches = terminal.speed.timed(batches)
     profiler = speed.Profiler(config.profile, folder / "tensorboard")
     previous, compiled = None, set()
-    with finishing(last, best), profiler, preemption.watching() as watch:
+    with preemption.watching() as watch, finishing(last, best), profiler:
+        if watch.asked_until(start):
+            raise watch.stopped(start)
+        if progress.evaluation_due:
+            judge(start, start // steps_per_epoch, watch.stops(start))
+            terminal.restart_clock()
         for at in range(start + 1, total_steps + 1):
             if progress.stopped:
                 break
@@ -377,13 +378,13 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
                 continue
             absorb(*previous)
             previous = None
-            # There may be seconds left, too few to evaluate: that is done first then.
-            progress.evaluation_due = due and stop
+            # What an evaluation is ended by costs that alone: the step is saved first.
+            progress.evaluation_due = due
+            save(at)
             if due and not stop:
                 judge(at, epoch, watch.stops(at))
             if progress.stopped:
                 terminal.profile(profiler.end())
-            save(at)
             if stop:
                 last.close()
                 best.close()

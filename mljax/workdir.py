@@ -1,5 +1,6 @@
 """A work directory: its lock on one config, and files that are never half-written."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -63,7 +64,7 @@ def open_for_training(path: str, config: ConfigDict) -> Path:
     stored = workdir / CONFIG
     if stored.exists():
         _check_same(path, read_config(workdir), config)
-    elif workdir.exists() and any(not _is_left(f) for f in workdir.iterdir()):
+    elif workdir.exists() and any(not is_left(f) for f in workdir.iterdir()):
         raise UserError(
             f"--workdir {path}: is not empty and holds no mljax run; "
             "name a new or empty directory"
@@ -117,11 +118,13 @@ class Lock:
         self._is_new = is_new and self._is_held
 
     def take(self) -> None:
-        """Waits `patience` seconds at most for another run to end.
+        """Waits `patience` seconds at most for another run to end; does so once.
 
         Raises:
             UserError: it goes on, on this machine.
         """
+        if self._file is not None:
+            return
         file = self._file = (Path(self.path) / _LOCK).open("a+")
         until = time.monotonic() + self.patience
         while True:
@@ -147,17 +150,18 @@ class Lock:
             except OSError:
                 return
         self._is_held = True
-        file.truncate(0)
         process = f"process {os.getpid()} on {socket.gethostname()}"
-        file.write(f"{process}\n{_machine()}\n")
-        file.flush()
+        with whole.named(file.name):
+            file.truncate(0)
+            file.write(f"{process}\n{_machine()}\n")
+            file.flush()
 
 
 def _let_go(workdir: Path) -> None:
     """Takes back what a run without a result made, so that others may be tried."""
     made = [workdir / name for name in ("label_graph.npz", "label_graph.png", CONFIG)]
     events = workdir / "tensorboard"
-    if all(_is_left(f) or f in (*made, events) for f in workdir.iterdir()):
+    if all(is_left(f) or f in (*made, events) for f in workdir.iterdir()):
         shutil.rmtree(events, ignore_errors=True)
         for file in made:
             file.unlink(missing_ok=True)
@@ -179,7 +183,9 @@ def keep_config(workdir: Path, config: ConfigDict) -> None:
 def check_shared(path: str) -> None:
     """Raises UserError where the directory that process 0 opened cannot be seen."""
     stored = Path(path).absolute() / CONFIG
-    for _ in range(10):  # file systems of a network take their time
+    for _ in range(60):  # file systems of a network take their time
+        with contextlib.suppress(OSError):
+            os.listdir(stored.parent)  # what they remember is not asked for anew
         if stored.exists():
             return
         time.sleep(1)
@@ -246,7 +252,7 @@ def write_text(file: Path, text: str) -> None:
             os.fsync(handle.fileno())
 
 
-def _is_left(file: Path) -> bool:
+def is_left(file: Path) -> bool:
     """Whether this is of a run that ended before it had a result, or of a file that a
     killed process was writing."""
     if file.name in ("checkpoints", "best"):

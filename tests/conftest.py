@@ -23,9 +23,32 @@ def shared(name: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shared_cache(tmp_path_factory):
+    """A folder for what the tests compile: the user's is left alone."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settings_of_jax():
+    """What programs tell JAX (`backend.set_up`) is not told to later tests."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path_factory):
-    """A folder for compiled programs: the user's is left alone."""
+    """A folder for what a test compiles, which no other uses."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
     yield folder

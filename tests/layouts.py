@@ -35,7 +35,6 @@ WARNING = "nvoluntary full rematerialization"
 
 
 def config_for(backbone: str, head: str, **overrides) -> ConfigDict:
-    BACKBONES["shallow"] = shallow
     config = configs.load("configs/shapes.py", "debug")
     config.model.backbone, config.model.head = backbone, head
     config.batch_size, config.eval.batch_size = 16, 16
@@ -101,6 +100,7 @@ def assert_same(one, other, tolerance: float) -> None:
 
 
 def main(backbone: str, head: str, layout: str, *how: str) -> None:
+    BACKBONES["shallow"] = shallow
     changes = {"model.remat": "true", "optim.accumulate": 2, "sam.rho": 0.05}
     config = config_for(backbone, head, **changes)
     _, config.mesh.data, config.mesh.fsdp = LAYOUTS[layout]

@@ -63,7 +63,11 @@ def test_nothing_runs_away(method):
     y = np.array([[0, 0, 1], [1, 1, 1], [0, 0, 1], [1, 1, 1]])
     found = fit(z, y, method=method, per_class=True)
     assert np.isfinite(found.scale).all() and np.isfinite(found.bias).all()
-    assert (found.scale > 0).all()  # the second class is ranked upside down
+    assert (found.scale > 0).all()
+    # The second class is ranked upside down, the third has no negative.
+    whole = fit(z, y, method=method)
+    np.testing.assert_allclose(found.scale[1:], whole.scale[1:], rtol=1e-6)
+    np.testing.assert_allclose(found.bias[1:], whole.bias[1:], rtol=1e-6, atol=1e-9)
     with pytest.raises(ValueError, match="do not rise"):
         fit(-z, np.where(y == 1, 1, 0)[:, [0, 0, 0]], method=method)
 
@@ -87,6 +91,8 @@ def test_calibration_error_by_hand():
     each = [calibration_error(p[:, [c]], y[:, [c]]) for c in (0, 1)]
     assert class_calibration_error(p, y) == pytest.approx(np.mean(each))
     assert calibration_error(p, np.full_like(y, -1)) == 0
+    more = np.hstack([p, p[:, :1]]), np.hstack([y, np.full((3, 1), -1)])
+    assert class_calibration_error(*more) == pytest.approx(np.mean(each))
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,12 @@ def test_a_damaged_step_says_how_to_go_on(tmp_path, damage):
             file.write_bytes(data[:middle] + changed + data[middle + 1 :])
         elif damage == "empty":
             file.unlink()
-    with pytest.raises(UserError, match=f"move {folder} away to go on from step 4$"):
+    words = f"move {folder} away to go on from step 4$"
+    with pytest.raises(UserError, match=words):
         saves.about(8)
-        saves.load(8, abstract)
+    if damage in ("half", "empty"):  # of the arrays, too
+        with pytest.raises(UserError, match=words):
+            saves.load(8, abstract)
     folder.rename(tmp_path / "away")
     saves = checkpoint.Checkpoints(tmp_path / "run")
     assert saves.latest() == 4

@@ -32,6 +32,11 @@ def read(*flags: str):
         (["ema.half_life=1000", "ema.decay=0.5"], "ema.half_life = 0"),
         (["train.patience=0", "train.warmup_epochs=2"], "patience above 0"),
         (["model.graph.tau=0.3"], "model.head = gcn or gat"),
+        (["model.graph.embeddings=x.npy", "model.graph.embedding_dim=9"], "vectors"),
+        (["model.graph.embeddings=x.npy", "model.graph.embedding_std=9"], "vectors"),
+        (["model.query2label.dim=64"], "model.head = query2label"),
+        (["model.csra.heads=2"], "model.head = csra"),
+        (["loss.name=aam", "loss.aam.probability_margin=0.1"], "a gamma of aam"),
         (["sam.rho=0", "sam.update_stats=first"], "sam.rho above 0"),
     ],
 )
@@ -60,6 +65,20 @@ def test_names_that_are_not_of_mljax_are_judged_later(name, flag):
     found = read("--config=configs/shapes.py", *(f"--config.{x}" for x in (name, flag)))
     with pytest.raises(UserError, match="must be one of"):
         check_names(found)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["model.graph.embeddings=x.txt", "model.graph.embedding_std=9"],
+        ["loss.aam.probability_margin=0.1", "loss.aam.gamma_neg=1"],
+        ["model.head=gcn", "model.graph.tau=0.3"],
+        ["optim.name=adamw", "optim.cycle_momentum=false", "optim.b1=0.5"],
+    ],
+)
+def test_what_acts_is_accepted(flags):
+    flags = ["loss.name=aam", "loss.aam.gamma_neg=0", "loss.aam.gamma_pos=0", *flags]
+    read("--config=configs/shapes.py", *(f"--config.{flag}" for flag in flags))
 
 
 @pytest.mark.parametrize("key", ["num_train", "num_val"])

@@ -6,7 +6,7 @@ from data_trees import blocks, data_config, encode, tree, write_json
 from PIL import Image
 
 from mljax.data import annotations, pipeline
-from mljax.data.order import permutation
+from mljax.data.order import class_aware, permutation
 from mljax.errors import UserError
 
 
@@ -52,6 +52,40 @@ def test_an_epoch_is_a_permutation_without_its_rest(sources):
     index = np.stack([b["index"] for b in steps(sources, 6)]).reshape(3, 8)
     assert all(len(set(epoch)) == 8 for epoch in index)
     assert (index[0] != index[1]).any() and (index[1] != index[2]).any()
+
+
+def test_rare_classes_are_drawn_more_often_if_that_is_asked_for(sources):
+    source, config = sources[0]["train"], sources[1].copy_and_resolve_references()
+    config.sampling = "class_aware"
+    batches = steps((sources[0], config), 2, seed=3)
+    expected = class_aware(source.labels, 3, 0)[:8]
+    np.testing.assert_array_equal([i for b in batches for i in b["index"]], expected)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_reads_beside_each_other_change_nothing(sources, on_error):
+    config = sources[1].copy_and_resolve_references()
+    config.on_error = on_error
+    plain = steps((sources[0], config), 4)
+    config.parallel_reads = 4096  # more than there are processors
+    for one, other in zip(plain, steps((sources[0], config), 4), strict=True):
+        assert_same(one, other)
+
+
+def test_pictures_depend_on_the_seed(tmp_path):
+    """Not only which come: a picture that comes in both is cropped otherwise."""
+    config = tree(tmp_path, num_train=4, num_val=1)
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"train/{i}.png")
+    config.crop_area = 0.3
+    source = annotations.load(config), config
+    one, other = (
+        {int(i): p for i, p in zip(b["index"], b["image"], strict=True)}
+        for b in (steps(source, 1, seed=seed)[0] for seed in (0, 1))
+    )
+    assert one.keys() == other.keys() == set(range(4))
+    assert all((one[i] != other[i]).any() for i in one)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(sources):

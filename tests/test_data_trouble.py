@@ -1,6 +1,7 @@
 """Images that are damaged, unusual, or vanish while they are needed."""
 
 import itertools
+import json
 import os
 
 import numpy as np
@@ -135,6 +136,24 @@ def test_a_disk_that_is_gone_ends_the_run():
         UserError, match="not one image of 3 steps in a row.* was d: is"
     ):
         again.see(bad, names, 3)
+
+
+def of_step(loss, finite=True):
+    return {"loss": np.float32(loss), "finite": np.bool_(finite)}
+
+
+def test_steps_that_are_not_finite_end_the_run():
+    progress, bad = Progress(), of_step(np.nan, finite=False)
+    assert progress.end_of_epoch_loss() is None
+    for metrics in (of_step(1), bad, bad, of_step(2), bad, bad):
+        progress.take(metrics, 3)
+    progress = Progress.from_dict(json.loads(json.dumps(progress.to_dict())))
+    with pytest.raises(UserError, match="3 steps in a row .* not finite .*max_bad_ste"):
+        progress.take(bad, 3)
+    assert progress.skipped == 5
+    assert progress.end_of_epoch_loss() == 1.5
+    progress.take(of_step(4), 3)
+    assert progress.end_of_epoch_loss() == 4 and progress.end_of_epoch_loss() is None
 
 
 def test_the_top_three_are_those_with_the_highest_scores():

@@ -26,6 +26,25 @@ def test_golden(case, warmup):
     np.testing.assert_array_equal(rows, data[f"{case}_w{warmup}/out"])
 
 
+def test_by_hand():
+    state = EarlyStopping()
+    for metric, warmed_up, expected in (
+        # wait, smooth, is_best, stop
+        (0.5, False, (0, 0.4, True, False)),
+        (0.39, False, (0, 0.4, False, False)),  # does not count yet
+        (0.45, True, (0, 0.44, False, False)),
+        (0.44, True, (1, 0.44, False, False)),
+        (0.5, True, (0, 0.488, True, False)),
+        (0.48, True, (1, 0.488, False, False)),
+        (0.488, True, (2, 0.488, False, True)),
+    ):
+        state, *decided = state.update(metric, patience=2, warmed_up=warmed_up)
+        found = state.wait, state.smooth, *decided
+        assert found == pytest.approx(expected), metric
+    assert EarlyStopping().update(0.99993, patience=9).stop  # nothing left to gain
+    assert not EarlyStopping().update(0.9998, patience=9).stop
+
+
 def test_patience_zero_never_stops():
     state = EarlyStopping()
     for metric in (1.0, 0.5, 0.5, 0.5, 1.0):

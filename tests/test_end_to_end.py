@@ -14,8 +14,6 @@ from runs import BACKBONE, ROOT, TINY, environment, last_line, run
 
 from mljax import main
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
@@ -65,6 +63,7 @@ def test_eval_gives_the_same_numbers(trained):
     [
         ("model.backbone=resnet50", "its weights are of another model (model.backbone"),
         ("model.head=csra", "model.head was 'linear' and is now 'csra'"),
+        ("model.pool=max", "model.pool was 'avg' and is now 'max'"),
         ("loss.name=asl", "loss.name was 'aam' and is now 'asl'"),
     ],
 )
@@ -76,10 +75,11 @@ def test_eval_of_another_model_is_refused(trained, capsys, change, words):
 def test_eval_says_what_it_computes_otherwise(trained, tmp_path):
     workdir, cache = trained
     shutil.copytree(workdir, tmp_path / "run")
-    flags = "--mode=eval", "--config.eval.flip=true"
+    flags = "--mode=eval", "--config.eval.flip=true", "--config.data.fit=crop"
     done = run(tmp_path / "run", cache, *TINY, *flags)
     assert done.returncode == 0, done.stderr
-    assert "config:  eval.flip was False and is now True" in done.stdout
+    said = "config:  data.fit was 'stretch' and is now 'crop'; eval.flip was False and"
+    assert f"{said} is now True" in done.stdout
 
 
 def test_fine_tuning_from_a_work_directory(trained, tmp_path):

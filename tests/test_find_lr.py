@@ -224,9 +224,9 @@ def test_what_a_learning_rate_does_not_depend_on_may_differ(tmp_path):
     config = configs.load("configs/shapes.py")
     stored(tmp_path, config)
     config.optim.pct_start, config.optim.accumulate = 0.5, 2
-    config.optim.freeze_epochs, config.loss.asl.gamma_neg = 1, 2.0
+    config.optim.div_factor = config.optim.final_div_factor = 3.0
     config.optim.lr_from, config.epochs, config.ema.decay = str(tmp_path), 7, 0.5
-    config.optim.freeze_epochs = 0
+    config.loss.asl.gamma_neg = 2.0
     assert find_lr.resolve(config)[0].optim.lr == 0.0123
 
 
@@ -291,7 +291,7 @@ def test_what_is_no_result_is_refused(tmp_path, text, message):
 
 def test_range_test_end_to_end(searched):
     folder, output = searched[0] / "range", searched[1][0]
-    names = {"search.json", "curve.csv", "curve.png", "learning_rate.json"}
+    names = {"search.json", "curve.csv", "curve.png", "learning_rate.json", ".lock"}
     assert {p.name for p in folder.iterdir()} == names
     found = json.loads((folder / "learning_rate.json").read_text())
     rows = (folder / "curve.csv").read_text().splitlines()[1:]
@@ -369,7 +369,7 @@ def test_trials_end_to_end(searched):
     pytest.importorskip("optuna", reason="--method=tpe needs pip install optuna")
     folder, output = searched[0] / "trials", searched[1][2]
     assert "judged on val; data.holdout" in output
-    names = {"search.json", "study.db", "trials.csv", "trials.png"}
+    names = {"search.json", "study.db", "trials.csv", "trials.png", ".lock"}
     assert {p.name for p in folder.iterdir()} == names | {"learning_rate.json"}
     found = json.loads((folder / "learning_rate.json").read_text())
     rows = [r.split(",") for r in (folder / "trials.csv").read_text().splitlines()[1:]]

@@ -21,7 +21,7 @@ def passes(params, stats, images, labels, first, second):
     value, gradient = jax.value_and_grad(loss)(params + 0.1 * own)
     return (
         value,
-        gradient,
+        gradient + 0.1 * sum(jax.random.normal(key, (3,)) for key in (first, second)),
         {"moves": stats["moves"] + images.mean(), "stays": stats["stays"]},
     )
 
@@ -42,7 +42,12 @@ def test_parts_of_a_batch(shape, is_mean):
     before = {"moves": jnp.zeros(()), "stays": stays}
     loss, gradient, stats = each(w, before, *batch, *keys)
     parts = [slice(4 * i, 4 * i + 4) for i in range(4)]
-    alone = [passes(w, before, images[p], labels[p], *keys) for p in parts]
+    alone = [
+        passes(
+            w, before, images[p], labels[p], *(jax.random.fold_in(k, i) for k in keys)
+        )
+        for i, p in enumerate(parts)  # each has numbers of its own
+    ]
     total = [sum(np.asarray(part[i]) for part in alone) for i in range(2)]
     moved = np.mean([part[2]["moves"] for part in alone])
     by = 4 if is_mean else 1

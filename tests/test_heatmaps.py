@@ -22,7 +22,7 @@ from mljax import (
 from mljax.calibration import Calibration
 from mljax.config import common
 from mljax.errors import UserError
-from mljax.models import build_head, build_model, vit
+from mljax.models import build_head, build_model, pretrained, vit
 from mljax.models import explain as methods
 from mljax.models.functional import split
 from mljax.models.label_graph import fold
@@ -196,6 +196,27 @@ def test_maps_lie_on_the_original_photo(workdir):
             assert image[row, column].all(), (method, row, column)
 
 
+def test_mirror_images_and_more_than_a_batch(workdir, monkeypatch):
+    """Probabilities as `predict` gives them, for every image."""
+    monkeypatch.setattr(heatmaps, "BATCH", 2)
+    read = pretrained.restore
+
+    def with_flip(step):
+        model, about = read(step)
+        about["config"]["eval"]["flip"] = True
+        return model, about
+
+    photos = [photo(80, 150 + 50 * i) for i in range(5)]
+    plain = predict.load(workdir).predict(photos)
+    monkeypatch.setattr(pretrained, "restore", with_flip)
+    p = predict.load(workdir).predict(photos)
+    assert np.abs(p - plain).max() > 1e-3
+    found = heatmaps.load(workdir).heatmaps(photos, top=9)
+    for row, maps in zip(p, found, strict=True):
+        expected = np.sort(row)[::-1]
+        np.testing.assert_allclose(maps.probabilities, expected, atol=1e-6)
+
+
 def test_labels_and_probabilities_are_those_of_predict(workdir):
     model, photos = heatmaps.load(workdir), [photo(80, 200), photo(300, 100)]
     p = predict.load(workdir, batch_size=2).predict(photos)
@@ -267,6 +288,7 @@ def test_overlay_keeps_the_shape_of_the_photo():
 
 
 def test_pictures_of_a_folder(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heatmaps, "BATCH", 2)
     folder = tmp_path / "photos"
     (folder / "below").mkdir(parents=True)
     Image.fromarray(photo(90, 300)).save(folder / "1.jpg")

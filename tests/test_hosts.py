@@ -9,14 +9,16 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from host_runs import Hosts, finish
 from runs import TINY, load, run, same_results
 
 from mljax import config as configs
-from mljax import hosts
+from mljax import hosts, preemption
 from mljax.errors import UserError
 
 pytestmark = pytest.mark.skipif(
@@ -267,3 +269,53 @@ def test_fifty_random_kills(undisturbed, tmp_path, monkeypatch):
     finish(2, workdir, cache, quick)
     same_results(whole, workdir)
     print(f"{kills} kills, {finished + 1} runs finished, all with the same bits")
+
+
+def test_a_stop_that_was_asked_for_before_a_resumed_run_began(monkeypatch):
+    """The processes agree on the next number that nobody has asked for, here 1."""
+    from jax.experimental import multihost_utils
+
+    watch, agreed = preemption.Watch(), {"on": 1}
+    watch.many = True
+    monkeypatch.setattr(
+        multihost_utils,
+        "reached_preemption_sync_point",
+        lambda number: number == agreed["on"],
+    )
+    assert not watch.asked(501) and watch.asked_until(500)
+    agreed["on"] = 500
+    assert watch.asked_until(500) and not watch.asked_until(0)
+    agreed["on"] = 501  # after the first step
+    assert not watch.asked_until(500) and watch.asked(501)
+
+
+def test_errors_that_came_of_another_process():
+    of_jax = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+    try:
+        try:
+            raise of_jax
+        except jax.errors.JaxRuntimeError:
+            raise TimeoutError("a save has not ended") from None
+    except TimeoutError as error:
+        found = UserError("run: cannot be written")
+        found.__cause__ = error
+    assert hosts._is_of_jax(found) and hosts._is_of_jax(of_jax)
+    assert not hosts._is_of_jax(UserError("photo.jpg: cannot be read"))
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_settings_that_are_not_the_same_everywhere(monkeypatch, process):
+    client = SimpleNamespace()
+    told = {}
+    client.key_value_set = told.__setitem__
+    client.blocking_key_value_get = lambda key, _: told[key]
+    monkeypatch.setattr(hosts, "_client", lambda: client)
+    monkeypatch.setattr(hosts.jax, "process_index", lambda: process)
+    if process == 0:
+        hosts._check_same({"config.optim.lr": 0.1}, 1)
+        assert told
+        return
+    told[hosts._SETTINGS] = json.dumps({"config.optim.lr": 0.1, "config.seed": 0})
+    hosts._check_same({"config.optim.lr": 0.1, "config.seed": 0}, 1)
+    with pytest.raises(UserError, match=r"config.optim.lr is 0.2 here and 0.1 in proc"):
+        hosts._check_same({"config.optim.lr": 0.2, "config.seed": 0}, 1)

@@ -229,6 +229,12 @@ def test_class_names_in_another_order_are_refused(tmp_path):
         import_weights._class_names(str(file), ["b", "a"], 2)
 
 
+def test_lists_of_class_names_keep_their_order(tmp_path):
+    for name, text in (("names.txt", "b\na\n"), ("names.json", '["b", "a"]')):
+        (tmp_path / name).write_text(text)
+        assert import_weights._class_names(str(tmp_path / name), None, 2) == ["b", "a"]
+
+
 def test_the_directory_is_plain_orbax(tmp_path, capsys):
     file, state = timm_file(tmp_path, "small_resnet")
     to = tmp_path / "new" / "dir"

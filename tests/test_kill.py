@@ -146,6 +146,6 @@ def test_five_kills_inside_saves(real, tmp_path):
             wait["until"] = wait["until"] or time.monotonic() + draw.uniform(0, 0.1)
             return time.monotonic() >= wait["until"]
 
-        real.start_and_kill(workdir, inside)
+        assert real.start_and_kill(workdir, inside)
         real.finish(workdir)
         same_results(real.whole, workdir)

@@ -272,7 +272,8 @@ def test_bad_arguments_are_named():
 def test_build_model_takes_the_graph(name):
     config = common().model
     config.backbone = "tf_mobilenetv3_large_minimal_100"
-    config.head, config.graph.tau = name, 0.6
+    config.head, config.graph.tau, config.graph.rho = name, 0.6, 0.1
+    config.graph.attention_dropout = 0.3
     given = some_graph()
     graph = LabelGraph(
         list("abcdefg"), given["adjacency"], given["embeddings"], 0.6, []
@@ -282,7 +283,10 @@ def test_build_model_takes_the_graph(name):
         return build_model(config, 7, angular=True, rngs=nnx.Rngs(0), graph=graph)
 
     model = make(graph)
-    A = threshold(given["adjacency"], 0.6, 0.25)
+    A = threshold(given["adjacency"], 0.6, 0.1)
+    if name == "gat":
+        layers = [m for _, m in nnx.iter_modules(model.head) if hasattr(m, "a")]
+        assert layers and all(layer.dropout == 0.3 for layer in layers)
     np.testing.assert_allclose(model.head.A[...], A, rtol=1e-6)
     np.testing.assert_array_equal(model.head.inp[...], given["embeddings"])
     state = import_torch.export(model)

@@ -206,6 +206,9 @@ def test_build_names_what_does_not_fit():
     graph = build(config, source)
     np.testing.assert_array_equal(graph.cooccurrence, [[0, 0.5], [1, 0]])
     assert "random" in graph.notes[0]
+    config.model.graph.update(embedding_dim=3000, embedding_std=2.0)
+    vectors = build(config, source).embeddings
+    assert vectors.shape == (2, 3000) and np.std(vectors) == pytest.approx(2, rel=0.1)
     config.data.name, config.model.graph.by_occurrences = "tfds", True
     with pytest.raises(UserError, match="by_occurrences: data.name = .tfds. does not"):
         build(config, source)

@@ -189,7 +189,10 @@ def fakes(folder: Path, code: int) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
-    [(0, 0, False), (1, 0, False), (75, 0, True), (137, 3, True), (75, 100, False)],
+    [
+        *((code, 0, False) for code in (0, 1, 2, 126, 127, 130)),
+        *((75, 0, True), (137, 3, True), (75, 100, False)),
+    ],
 )
 def test_slurm_queues_again_what_may_go_on(tmp_path, code, restarts, again):
     environment = fakes(tmp_path, code)
@@ -218,7 +221,7 @@ def test_restarting_stops_at_mistakes_and_success(tmp_path):
     script = (
         f'echo >>{count}; n=$(wc -l <{count}); [ "$n" -ge 3 ] && exit {{}}; exit 75'
     )
-    for end in (0, 1):
+    for end in (0, 1, 2, 130):
         count.unlink(missing_ok=True)
         done = bash(LAUNCH / "restarting.sh", "bash", "-c", script.format(end), PAUSE=0)
         assert done.returncode == end and len(count.read_text()) == 3
@@ -276,7 +279,6 @@ def test_restarting_is_stopped_while_it_waits(tmp_path):
         text=True,
     )
     assert "restarting" in process.stderr.readline()  # which it says before the pause
-    time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 137 and len(count.read_text()) == 1
 
@@ -344,7 +346,12 @@ def test_gke_jobsets():
         job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
         assert job["parallelism"] == job["completions"]
         assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
-        assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]
+        assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [
+            1,
+            2,
+            126,
+            127,
+        ]
         pod = job["template"]["spec"]
         assert pod["restartPolicy"] == "Never"
         (container,) = pod["containers"]

@@ -8,14 +8,26 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from layouts import LAYOUTS, WARNING, assert_same, batches, config_for, setup, trained
+from layouts import (
+    LAYOUTS,
+    WARNING,
+    assert_same,
+    batches,
+    config_for,
+    setup,
+    shallow,
+    trained,
+)
 
 from mljax import evaluate
+from mljax.models import BACKBONES
 
 HEADS = ("linear", "ml_decoder")
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+@pytest.fixture(autouse=True)
+def small_backbone(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "shallow", shallow)
 
 
 def mean_ap(scores) -> dict[str, float]:
@@ -34,7 +46,7 @@ def same_training(one, other, tolerance: float) -> None:
 
 def test_one_step_in_float32(monkeypatch):
     """BatchNorm and ML-Decoder at once; no SAM, to compile half as long."""
-    config = config_for("shallow", "ml_decoder", **{"sam.rho": 0})
+    config = config_for("shallow", "ml_decoder", **{"sam.rho": 0, "optim.lr": 0.1})
     one = trained(monkeypatch, config, "1", 1, judged=False)
     same_training(one, trained(monkeypatch, config, "2x4", 1, judged=False), 1e-5)
 

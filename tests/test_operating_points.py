@@ -60,6 +60,8 @@ def test_a_wanted_precision_with_the_most_recall(wanted, ties):
             assert found.reached[c] == bool(enough)
             if enough:
                 assert right == max(enough) and right >= wanted * said - 1e-9
+                fewest = min(s for r, s, _ in all_of_them if r == right)
+                assert said == fewest  # and of those the one with the most precision
             else:
                 assert right / said == max(r / said for r, said, _ in all_of_them)
 

@@ -229,6 +229,25 @@ def test_momentum_is_constant_unless_cycled():
     )
 
 
+def test_adamw_has_the_settings_of_adamw():
+    params = {"w": jnp.full((2, 2), 0.5)}
+    config = settings(
+        name="adamw", schedule="constant", lr=0.01, b1=0.5, b2=0.7, eps=0.1
+    )
+    config.update(weight_decay=0.2, momentum=0.3)  # which is of sgd
+    optimizer = optim.make_optimizer(config, 8, 10, params)
+    known = optax.adamw(0.01, 0.5, 0.7, 0.1, weight_decay=0.2)
+    ours, theirs = params, params
+    state, other = optimizer.init(params), known.init(params)
+    for step in range(3):
+        grads = jax.tree.map(lambda x, step=step: jnp.cos(9 * x + step), params)
+        updates, state = optimizer.update(grads, state, ours, jnp.int32(step))
+        ours = optax.apply_updates(ours, updates)
+        updates, other = known.update(grads, other, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-6)
+
+
 def test_float32_state_stays_float32_where_float64_is_enabled():
     with jax.enable_x64(True):
         params = {"w": jnp.ones((2, 2), jnp.float32)}

@@ -160,13 +160,13 @@ def test_kinds_of_images_in_python(checkpoint, photos):
     assert np.ptp(grey_row) > 0
     np.testing.assert_allclose(others, [grey_row] * 2, atol=1e-6)
     cut = Image.open(photos / "cut.jpg")  # PIL decodes it when it must
-    for bad in (
-        [photos / "cut.jpg"],
-        cut,
-        [np.zeros((4, 4, 3))],
-        [photos / "none.jpg"],
+    for bad, name in (
+        ([photos / "cut.jpg"], "cut.jpg"),
+        (cut, r"^images\[0\]"),
+        ([pixels, np.zeros((4, 4, 3))], r"^images\[1\]"),
+        ([photos / "none.jpg"], "none.jpg"),
     ):
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
             predictor.predict(bad)
 
 

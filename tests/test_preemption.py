@@ -18,7 +18,7 @@ from mljax.terminal import Terminal
 
 
 @pytest.fixture
-def settings(monkeypatch, own_cache):
+def settings(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "tiny", Tiny)
     settings = config.load("configs/shapes.py", "debug")
     settings.epochs, settings.batch_size = 3, 16  # of four steps
@@ -158,11 +158,13 @@ def test_ctrl_c_saves_once_and_ends_at_once_the_second_time(
     assert "Ctrl-C again" in capsys.readouterr().err
     # pytest-xdist ignores it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 8, signal.SIGINT)
-        stop_at(patch, 8, signal.SIGINT)
-        train.train(settings, str(tmp_path / "run"))
-    signal.signal(signal.SIGINT, before)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(patch, 8, signal.SIGINT)
+            stop_at(patch, 8, signal.SIGINT)
+            train.train(settings, str(tmp_path / "run"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_program_exits_with_75(tmp_path):

@@ -21,13 +21,23 @@ from mljax import backend, memory, train
 from mljax.step import create_state, make_train_step
 
 
-def test_another_seed_is_the_same_program(settings, monkeypatch, own_cache):  # noqa: F811
+def test_another_seed_is_the_same_program(
+    settings,  # noqa: F811
+    monkeypatch,
+    own_cache,
+    request,
+):
     monkeypatch.setattr(backend, "_SHORTEST", 0.0)
     settings.mutual.weight, settings.data.cutmix_alpha = 0.0, 0.0
     settings.optim.freeze, settings.optim.freeze_epochs = "", 0
     compilation_cache.reset_cache()  # or it keeps the folder of an earlier test
     found: list[str] = []
-    jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+
+    def listen(name, **_):
+        found.append(name)
+
+    jax.monitoring.register_event_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_listener(listen))
 
     def compile_step(seed):
         """The training steps that are in the cache afterwards."""

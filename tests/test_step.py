@@ -159,6 +159,24 @@ def test_dropout_is_drawn_anew_in_the_second_pass_and_in_every_step():
     assert len(set(losses)) == 4
 
 
+def test_dropout_is_drawn_anew_in_every_part_of_a_batch():
+    def drawn(params, stats, images, *, train, rng):
+        return params["w"] * jax.random.normal(rng, params["w"].shape), stats
+
+    params = {"w": jnp.ones((3, 2))}
+    optimizer = optimizer_for(params)
+    batch = {"image": jnp.zeros((2, 1)), "labels": jnp.zeros((2, 1))}
+    losses = []
+    for parts in (1, 2):
+        step = make_train_step(
+            *(drawn, lambda out, _: out.sum(), optimizer, identity),
+            **{"reduction": "sum", "seed": 3, "accumulate": parts},
+        )
+        state = create_state(params, {}, optimizer, use_ema=False)
+        losses.append(float(jax.jit(step)(state, batch)[1]["loss"]))
+    assert abs(losses[1] - 2 * losses[0]) > 1e-3  # the first part has the same numbers
+
+
 def test_ema_formula():
     before, _ = run(2, ema_decay=0.9)
     after, _ = run(3, ema_decay=0.9)

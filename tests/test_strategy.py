@@ -41,7 +41,7 @@ class Tiny(nnx.Module):
 
 
 @pytest.fixture
-def settings(monkeypatch, own_cache):
+def settings(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "tiny", Tiny)
     settings = config.load("configs/shapes.py", "debug")
     settings.epochs = 3

@@ -1,5 +1,7 @@
-"""What a run writes for TensorBoard, and that it does not depend on it."""
+"""What a run writes for TensorBoard and its log, and that it depends on neither."""
 
+import io
+import sys
 import time
 
 import numpy as np
@@ -47,3 +49,23 @@ def test_a_run_goes_on_where_its_curves_cannot_be_written(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["step", "tensorboard:", "step"]
     assert "no curves from here on ([Errno 28] No space left" in lines[1]
+
+
+def test_a_run_goes_on_where_its_log_cannot_be_written(tmp_path, monkeypatch, capsys):
+    said = terminal.Terminal(config.common(), tmp_path, 10, 100, 0)
+    said.close()
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        full = Full()
+        patch.setattr(sys, "stdout", full)
+        said.say("one")
+        assert sys.stdout is not full
+        said.say("two")
+    found = capsys.readouterr()
+    assert not found.out
+    words = "log: no more from here on ([Errno 28] No space left on device)"
+    assert found.err.splitlines() == [words]

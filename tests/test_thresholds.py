@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 from small_networks import SMALL
 
-from mljax import checkpoint, decision, held_out, predict, thresholds
+from mljax import (
+    checkpoint,
+    decision,
+    held_out,
+    operating_points,
+    predict,
+    thresholds,
+)
 from mljax import config as configs
 from mljax.calibration import Calibration
-from mljax.data import DATASETS
+from mljax.data import DATASETS, pipeline
 from mljax.data.shapes import CLASS_NAMES
 from mljax.decision import Decision
 from mljax.errors import UserError
@@ -106,6 +113,13 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     after = predict.load(tmp_path)
     np.testing.assert_array_equal(after.predict(image), plain)  # not calibrated
     chosen = after.thresholds
+    val = DATASETS["shapes"](before.config.data, before.config.seed).val
+    batches = pipeline.eval_batches(
+        val, data_config=before.config.data, batch_size=len(val)
+    )
+    p = before.predict(next(batches)["image"])
+    expected = operating_points.choose(p, val.labels).thresholds
+    np.testing.assert_allclose(chosen, expected, rtol=1e-3)
     for row, labels in zip(plain, after.labels(image), strict=True):
         assert set(labels) == set(np.array(names)[row > chosen])
     assert set(after.labels(image, 0.0)[0]) == set(names)

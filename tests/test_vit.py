@@ -92,6 +92,15 @@ def test_other_image_sizes():
     forward = jax.jit(model)
     assert forward(jnp.zeros((1, 448, 448, 3))).shape == (1, 28, 28, 8)
     assert forward(jnp.zeros((2, 32, 80, 3))).shape == (2, 2, 5, 8)
+    other = small()  # whose positions are those of 2 rows and 5 columns from the start
+    other.pos_embed = type(model.pos_embed)(
+        vit.resize_positions(model.pos_embed[...], (2, 5))
+    )
+    picture = jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 80, 3)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit, "resize_positions", lambda positions, shape: positions)
+        expected = jax.jit(other)(picture)
+    np.testing.assert_allclose(forward(picture), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="divisible by 16, not 40 x 32"):
         model(jnp.zeros((1, 40, 32, 3)))
     with pytest.raises(ValueError, match="image_size = 230"):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import data_trees
@@ -192,6 +193,33 @@ def test_a_directory_in_which_another_run_trains_is_refused(tmp_path):
     with workdir.Lock(str(tmp_path), patience=0) as third:
         third.take()
         assert not third.note
+
+
+def test_a_second_start_waits_for_the_first_to_end(tmp_path):
+    """It may still be saving; or end with a mistake, and take its config back."""
+    config, path = configs.load("configs/shapes.py"), str(tmp_path / "run")
+    begun, waits = threading.Event(), threading.Event()
+
+    def hold():
+        with pytest.raises(UserError, match="mine"), workdir.Lock(path) as first:
+            first.open_for_training(config)
+            begun.set()
+            assert waits.wait(20)
+            raise UserError("mine")
+
+    def refused(*arguments):
+        waits.set()
+        return flock(*arguments)
+
+    flock = workdir.fcntl.flock
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert begun.wait(20)
+    with pytest.MonkeyPatch.context() as patch, workdir.Lock(path) as second:
+        patch.setattr(workdir.fcntl, "flock", refused)
+        second.open_for_training(config)
+        assert not holder.join(20) and not second.note
+        assert (tmp_path / "run/config.json").exists()
 
 
 def test_the_lock_of_a_machine_that_is_gone_stops_nobody(tmp_path, monkeypatch):

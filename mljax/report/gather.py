@@ -148,9 +148,9 @@ def gather(
     if loaded is None:
         missing.append("all that needs the best weights and the validation images")
     else:
-        model, about = loaded
+        model, about, step = loaded
         names = about["class_names"]
-        kept = attempt("the thresholds", lambda: _kept(folder, names), None)
+        kept = attempt("the thresholds", lambda: _kept(step, names), None)
         explainer = heatmaps.Explainer(
             model, about, kept or decision.default(len(names))
         )
@@ -161,7 +161,7 @@ def gather(
         say(f"{name}: evaluating on the validation images")
         evaluation = attempt(
             "all that needs the validation images",
-            lambda: _evaluate(folder, config, about, kept, root),
+            lambda: _evaluate(folder, step, config, about, kept, root),
             None,
         )
     return RunData(
@@ -181,15 +181,15 @@ def gather(
     )
 
 
-def _model(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _model(folder: Path) -> tuple[Any, dict[str, Any], Path]:
     from mljax.models import folded, pretrained
 
-    model, about = pretrained.restore(folder)
-    return folded(model), about
-
-
-def _kept(folder: Path, class_names: list[str]) -> decision.Decision | None:
     step = checkpoint.find_best(folder)
+    model, about = pretrained.restore(step)
+    return folded(model), about, step
+
+
+def _kept(step: Path, class_names: list[str]) -> decision.Decision | None:
     if not (step / decision.FILE).exists():
         return None
     return decision.load(step, class_names)
@@ -209,6 +209,7 @@ def _graph(folder: Path) -> dict[str, np.ndarray]:
 
 def _evaluate(
     folder: Path,
+    step: Path,
     config: ConfigDict,
     about: Mapping[str, Any],
     kept: decision.Decision | None,
@@ -228,7 +229,7 @@ def _evaluate(
     results.need_positives(val, "val")
     workdir.check_same_classes(str(folder), about, val.class_names)
     run = make_run(config, val.class_names)
-    run, variables, _ = results.best_weights(run, folder)
+    run, variables, _ = results.best_weights(run, step)
     scores = run.scores({"best": variables}, val)["best"]
     read = ~np.isin(scores.places, scores.unreadable)
     if not read.any():
