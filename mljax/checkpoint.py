@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from mljax import workdir
+from mljax import hosts, workdir
 from mljax.errors import UserError
 from mljax.models.functional import NETWORKS
 
@@ -40,6 +40,11 @@ class Checkpoints:
                 preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
                 cleanup_tmp_directories=True,
             )
+        # Orbax asks too, for its statistics, by steps long past and from a thread: the
+        # processes would no longer agree on the step to stop after.
+        manager = getattr(self._orbax, "_manager", None)
+        if manager is not None:
+            manager.reached_preemption = lambda step: False
 
     def latest(self) -> int | None:
         """The newest step that was wholly written, or None."""
@@ -124,9 +129,11 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Deletes what was saved after `step`: it will be computed again."""
-        for saved in list(self._orbax.checkpoints):
-            if saved.step > step:
-                self._orbax.delete(saved)
+        # Those that process 0 sees: a network's file system may show others less.
+        with _readable_errors(self.folder):
+            for saved in hosts.of_first([c.step for c in self._orbax.checkpoints]):
+                if saved > step:
+                    self._orbax.delete(saved)
 
     def close(self) -> None:
         self.wait()

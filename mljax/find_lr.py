@@ -202,13 +202,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("config.optim.lr_from does nothing in a search: leave it out")
     settings = settings_of(args, config)
     folder = check_folder(args.workdir, settings, config)
-    result = folder / RESULT
-    if result.is_file():
-        found = _read(result)
-        if settings.get("trials", 0) <= found.get("trials", 0):
-            print("this search is finished")
-            tell(found, args.workdir)
-            return
+    if _finished(folder, settings, args.workdir):
+        return
     if args.method == "tpe" and importlib.util.find_spec("optuna") is None:
         raise UserError(
             "--method=tpe needs Optuna: python -m pip install optuna (the extra "
@@ -224,6 +219,8 @@ def run(args: argparse.Namespace) -> None:
         if lock.note:
             print(lock.note)
         check_folder(args.workdir, settings, config)  # another may have begun meanwhile
+        if _finished(folder, settings, args.workdir):
+            return
         stored = config.to_dict()
         _write(folder / LOCK, {**settings, "config": stored})
         if args.method == "range":
@@ -232,8 +229,20 @@ def run(args: argparse.Namespace) -> None:
             found = lr_search.by_trials(search, folder, settings, config.optim.lr)
         workdir.write_unreadable(folder, search.unreadable)
         found = {**settings, **found, "config": stored}
-        _write(result, found)
+        _write(folder / RESULT, found)
     tell(found, args.workdir)
+
+
+def _finished(folder: Path, settings: Mapping[str, Any], path: str) -> bool:
+    """Whether there is nothing left to search; tells what was found then."""
+    if not (folder / RESULT).is_file():
+        return False
+    found = _read(folder / RESULT)
+    if settings.get("trials", 0) > found.get("trials", 0):
+        return False
+    print("this search is finished")
+    tell(found, path)
+    return True
 
 
 def _read(file: Path) -> dict[str, Any]:

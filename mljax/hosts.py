@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -50,6 +51,8 @@ def together(
     """
     _start(args, config)
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        if jax.distributed.is_initialized():  # which took SIGTERM, and tells nobody
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         yield
         return
     watcher = _Watcher()
@@ -252,7 +255,8 @@ class _Watcher:
 def _fail(error: BaseException, watcher: _Watcher, config: ConfigDict) -> None:
     """Tells the others why this process ends, and ends it."""
     text = one_line(error)
-    if _is_of_jax(error) and (text is None or isinstance(error, UserError)):
+    unknown = text is None and not isinstance(error, KeyboardInterrupt)
+    if _is_of_jax(error) and (unknown or isinstance(error, UserError)):
         # Most likely because another process died or failed. If it failed the watcher
         # knows in a moment; if it died JAX will say which one, and ends this program.
         time.sleep(config.heartbeat_timeout + 2 * _LAST_WORDS)

@@ -48,12 +48,14 @@ class Watch:
         """
         return any(self.asked(at) for at in range(1, step + 1))
 
-    def stops(self, step: int) -> Callable[[], None]:
+    def stops(self, step: int, saved: Callable[[], None]) -> Callable[[], None]:
         """For a long evaluation after `step`: raises `stopped` once this run is asked
-        to stop. Does nothing with several processes, which agree after steps only."""
+        to stop, and `saved` has returned. Does nothing with several processes, which
+        agree after steps only."""
 
         def check() -> None:
             if self.received and not self.many:
+                saved()
                 raise self.stopped(step)
 
         return check

@@ -50,7 +50,7 @@ class Terminal:
         try:
             print(text, flush=True)
         except OSError as error:  # nor does a run end for its log
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (until the end)
             with contextlib.suppress(OSError):
                 print(f"log: no more from here on ({error})", file=sys.stderr)
 
@@ -191,7 +191,11 @@ class Terminal:
             keys = ("mAP", "mAP_raw", "mAP_ema", "mAP_one", "mAP_two", "CF1", "OF1")
             values = {f"eval/{k}": row[k] for k in keys if row.get(k) is not None}
             self._curves(lambda writer: writer.write_scalars(row["step"], values))
-            self._curves(lambda writer: writer.flush())
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns once the curves up to here are written."""
+        self._curves(lambda writer: writer.flush())
 
     def close(self) -> None:
         self._curves(lambda writer: writer.close())

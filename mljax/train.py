@@ -295,8 +295,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         terminal.step(at, values, progress)
 
     def judge(at: int, epoch: int, check: Callable[[], None] | None = None) -> None:
-        """Evaluates step `at`, which is saved, and keeps the weights if they are the
-        best so far."""
+        """Evaluates step `at`, which is saved; keeps the weights if they are best."""
         variants = results.variants(state, run.is_pair)
         scores = run.scores(variants, made.judge, check)
         progress.unreadable.update(evaluate.unreadable(scores, made.judge.names))
@@ -320,10 +319,11 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         workdir.write_history(folder, history)
         results.write_summary(folder, progress, history, names, made.chosen_on)
         workdir.write_unreadable(folder, progress.unreadable)
-        last.amend(at, progress=progress.to_dict())
         terminal.evaluation(row, decision)
+        last.amend(at, progress=progress.to_dict())
 
     def save(at: int) -> None:
+        terminal.flush()  # what is not done again is not written again
         progress.unreadable.update(*hosts.gather(sorted(progress.unreadable)))
         last.save(at, state, {**about, "progress": progress.to_dict()})
         workdir.write_unreadable(folder, progress.unreadable)
@@ -335,7 +335,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         if watch.asked_until(start):
             raise watch.stopped(start)
         if progress.evaluation_due:
-            judge(start, start // steps_per_epoch, watch.stops(start))
+            judge(start, start // steps_per_epoch, watch.stops(start, last.wait))
             terminal.restart_clock()
         for at in range(start + 1, total_steps + 1):
             if progress.stopped:
@@ -382,7 +382,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
             progress.evaluation_due = due
             save(at)
             if due and not stop:
-                judge(at, epoch, watch.stops(at))
+                judge(at, epoch, watch.stops(at, last.wait))
             if progress.stopped:
                 terminal.profile(profiler.end())
             if stop:

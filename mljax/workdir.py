@@ -103,7 +103,8 @@ class Lock:
         if self._file is not None:
             if self._is_new and isinstance(error, UserError):
                 _let_go(Path(self.path))
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written was told
+                self._file.close()
 
     def open_for_training(self, config: ConfigDict) -> None:
         """`open_for_training` of the directory, which is locked from then on.
@@ -290,11 +291,9 @@ def read_history(
 
 
 def check_nothing_lost(workdir: Path) -> None:
-    """Raises UserError if a new run would replace the results of one that got on.
-
-    A run that was killed before its first checkpoint was whole has one evaluation.
-    """
-    if len(read_history(workdir, sys.maxsize)) > 1:
+    """Raises UserError if a new run would replace the results of another: there is no
+    evaluation before its step is saved, so that checkpoints were taken away."""
+    if read_history(workdir, sys.maxsize):
         raise UserError(
             f"--workdir {workdir}: holds the results of a run and no checkpoint to go "
             f"on from; name another directory, or delete {HISTORY} and best/ in it"

@@ -35,9 +35,11 @@ class Hosts:
         )
         python.chmod(0o755)
         env = environment(cache) | {"PYTHON": str(python), "DEVICES": str(devices)}
+        drawn = not any(flag.startswith("--config=") for flag in more)
+        arguments = [flag for flag in ARGUMENTS if drawn or "data.num_" not in flag]
         command = ["bash", str(ROOT / "launch" / "local_hosts.sh"), str(count)]
         self.process = subprocess.Popen(
-            [*command, f"--workdir={workdir}", *ARGUMENTS, *more],
+            [*command, f"--workdir={workdir}", *arguments, *more],
             env=env,
             cwd=ROOT,
             stdout=subprocess.PIPE,

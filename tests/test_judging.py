@@ -109,7 +109,7 @@ def test_a_death_in_an_evaluation_costs_no_steps(
     settings.epochs, settings.train.patience = 2, 0
     train.train(settings, str(tmp_path / "whole"))
     for name, where, after in (
-        ("save", checkpoint.Checkpoints, 3),  # the weights are the best
+        ("row", results, 1),  # nothing is kept of it
         ("write_history", train.workdir, 2),  # they are kept; 1 is the start's
         ("amend", checkpoint.Checkpoints, 1),  # all is written but that it was done
     ):

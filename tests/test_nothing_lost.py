@@ -31,9 +31,10 @@ def contents(folder):
     }
 
 
-def test_results_without_checkpoints_are_kept(settings, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_results_without_checkpoints_are_kept(settings, tmp_path, epochs):  # noqa: F811
     run = tmp_path / "run"
-    settings.epochs = 2
+    settings.epochs = epochs
     train.train(settings, str(run))
     shutil.rmtree(run / "checkpoints")
     before = contents(run)

@@ -102,11 +102,11 @@ def test_killed_in_the_evaluation_that_was_left(settings, monkeypatch, tmp_path)
         stop_at(patch, 8, signal.SIGTERM)
         train.train(settings, run)
 
-    def die(self, row, decision):
+    def die(self, step, **about):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Terminal, "evaluation", die)
+        patch.setattr(Checkpoints, "amend", die)
         train.train(settings, run)
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 8
     train.train(settings, run)

@@ -198,7 +198,7 @@ def test_a_directory_in_which_another_run_trains_is_refused(tmp_path):
 def test_a_second_start_waits_for_the_first_to_end(tmp_path):
     """It may still be saving; or end with a mistake, and take its config back."""
     config, path = configs.load("configs/shapes.py"), str(tmp_path / "run")
-    begun, waits = threading.Event(), threading.Event()
+    begun, waits, ended = threading.Event(), threading.Event(), []
 
     def hold():
         with pytest.raises(UserError, match="mine"), workdir.Lock(path) as first:
@@ -206,6 +206,7 @@ def test_a_second_start_waits_for_the_first_to_end(tmp_path):
             begun.set()
             assert waits.wait(20)
             raise UserError("mine")
+        ended.append(True)
 
     def refused(*arguments):
         waits.set()
@@ -218,7 +219,8 @@ def test_a_second_start_waits_for_the_first_to_end(tmp_path):
     with pytest.MonkeyPatch.context() as patch, workdir.Lock(path) as second:
         patch.setattr(workdir.fcntl, "flock", refused)
         second.open_for_training(config)
-        assert not holder.join(20) and not second.note
+        holder.join(20)
+        assert ended == [True] and not second.note
         assert (tmp_path / "run/config.json").exists()
 
 
