@@ -144,6 +144,10 @@ def test_a_run_goes_on_where_what_it_began_with_is_gone(
     (tmp_path / "run" / "checkpoints" / "3").rename(
         tmp_path / "run" / "checkpoints" / "0"
     )
+    with pytest.raises(UserError, match="another directory, or delete metrics.jsonl"):
+        train.train(settings, str(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "best")
     with pytest.raises(UserError, match="first: there is no such file"):
         train.train(settings, str(tmp_path / "run"))
 
