@@ -82,7 +82,7 @@ class Checkpoints:
         return check_format(found, folder, self._advice(step)) | self._amended(step)
 
     def amend(self, step: int, **about: Any) -> None:
-        """Changes the description of a step that is wholly written, or does nothing."""
+        """Changes the description of a step that is wholly written; all or nothing."""
         workdir.write_text(self.folder / str(step) / _AMENDED, json.dumps(about))
 
     def _amended(self, step: int) -> dict[str, Any]:

@@ -267,8 +267,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     # What came after the last whole checkpoint is computed again, to the same bits.
     done = start - progress.evaluation_due
     best.drop_after(done)
-    known = progress.best is not None
-    history = workdir.read_history(folder, done, known)
+    history = workdir.read_history(folder, done, progress.best is not None)
     workdir.write_history(folder, history)
     batches = pipeline.train_batches(
         source,
@@ -293,6 +292,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         values = sharding.fetch(metrics)
         progress.take(values, config.train.max_bad_steps)
         terminal.step(at, values, progress)
+        lock.keep()
 
     def judge(at: int, epoch: int, check: Callable[[], None] | None = None) -> None:
         """Evaluates step `at`, which is saved; keeps the weights if they are best."""

@@ -110,13 +110,17 @@ class Lock:
         """`open_for_training` of the directory, which is locked from then on.
 
         Raises UserError as that does, and as `take`. A directory that was new is as
-        before if the user's next mistake comes to light before the first result.
+        before if the user's next mistake comes to light before `keep`.
         """
         is_new = not (Path(self.path) / CONFIG).exists()
         open_for_training(self.path, config)
         self.take()
         open_for_training(self.path, config)  # a run that ended may have taken it back
         self._is_new = is_new and self._is_held
+
+    def keep(self) -> None:
+        """From here on the directory holds something: curves, at least."""
+        self._is_new = False
 
     def take(self) -> None:
         """Waits `patience` seconds at most for another run to end; does so once.
@@ -159,7 +163,7 @@ class Lock:
 
 
 def _let_go(workdir: Path) -> None:
-    """Takes back what a run without a result made, so that others may be tried."""
+    """Takes back what a run without a step made, so that others may be tried."""
     made = [workdir / name for name in ("label_graph.npz", "label_graph.png", CONFIG)]
     events = workdir / "tensorboard"
     if all(is_left(f) or f in (*made, events) for f in workdir.iterdir()):

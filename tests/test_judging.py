@@ -10,7 +10,7 @@ from runs import same_results
 from test_preemption import settings, stop_at  # noqa: F401 (fixture)
 
 from mljax import checkpoint, evaluate, results, train
-from mljax.errors import Stopped
+from mljax.errors import Stopped, UserError
 
 
 def judged_by(monkeypatch, mean_aps, weights="raw"):
@@ -150,3 +150,12 @@ def test_a_run_that_stopped_early_is_not_evaluated_again(
     assert [row["step"] for row in rows(tmp_path / "run")] == [4, 8]
     monkeypatch.setattr(results, "row", die)
     train.train(settings, run)
+
+
+def test_a_run_that_diverged_keeps_its_curves(settings, tmp_path):  # noqa: F811
+    settings.optim.lr, settings.optim.schedule = 1e30, "constant"
+    settings.sam.rho, settings.train.max_bad_steps = 0.0, 2
+    with pytest.raises(UserError, match="steps in a row had a loss or gradient that"):
+        train.train(settings, str(tmp_path))
+    assert (tmp_path / "config.json").exists()
+    assert list((tmp_path / "tensorboard").glob("events*"))

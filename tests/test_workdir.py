@@ -80,6 +80,19 @@ def test_a_mistake_before_the_first_result_leaves_no_trace(tmp_path):
     begin(str(tmp_path), config, UserError("x"))  # other settings are welcome
 
 
+def test_a_mistake_after_a_step_keeps_the_curves(tmp_path):
+    config = configs.load("configs/shapes.py")
+    with (
+        pytest.raises(UserError, match="not finite"),
+        workdir.Lock(str(tmp_path)) as lock,
+    ):
+        lock.open_for_training(config)
+        (tmp_path / "tensorboard").mkdir()
+        lock.keep()
+        raise UserError("3 steps in a row had a loss that is not finite")
+    assert (tmp_path / "tensorboard").exists() and (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "made"),
     [
