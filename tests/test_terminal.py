@@ -33,6 +33,23 @@ def test_curves_of_a_run_that_was_stopped(tmp_path):
     assert [point.step for point in events.Tensors("train/loss")] == [*range(1, 8)]
 
 
+def test_curves_beyond_where_the_run_that_went_on_is(tmp_path):
+    from clu import metric_writers
+
+    writer = metric_writers.SummaryWriter(str(tmp_path))
+    for step in range(1, 9):
+        writer.write_scalars(step, {"train/loss": step, "eval/mAP": step})
+    writer.close()
+    time.sleep(1.1)  # names of files begin with the second
+    writer = terminal.curves_writer(tmp_path, 0)
+    for step in range(1, 3):
+        writer.write_scalars(step, {"train/loss": step + 0.5})
+    writer.close()
+    found = curves.read_curves(tmp_path)
+    assert list(found.values) == ["train/loss"]
+    np.testing.assert_array_equal(found.values["train/loss"], [[1, 2], [1.5, 2.5]])
+
+
 def test_a_run_goes_on_where_its_curves_cannot_be_written(tmp_path, capsys):
     class Full:
         def write_scalars(self, step, values):
