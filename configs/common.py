@@ -297,7 +297,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # Steps in a row that end the run: not finite, or without any readable image.
     train.max_bad_steps = 10
     train.patience = 5  # early stopping, in evaluations; 0 = off
-    train.warmup_epochs = 0  # early stopping waits for these, unless mAP is 100
+    # Early stopping waits for these, unless mAP is 100; -1 = for those in which the
+    # learning rate rises.
+    train.warmup_epochs = -1
 
     config.eval = ConfigDict(
         dict(

@@ -133,7 +133,7 @@ class Checkpoints:
         with _readable_errors(self.folder):
             for saved in hosts.of_first([c.step for c in self._orbax.checkpoints]):
                 if saved > step:
-                    self._orbax.delete(saved)
+                    self._orbax.delete(saved, missing_ok=True)
 
     def close(self) -> None:
         self.wait()

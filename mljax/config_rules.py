@@ -225,6 +225,6 @@ RULES: dict[str, Rule] = {
     "train.checkpoint_every": _AT_LEAST_0,
     "train.max_bad_steps": _POSITIVE,
     "train.patience": _AT_LEAST_0,
-    "train.warmup_epochs": _AT_LEAST_0,
+    "train.warmup_epochs": (lambda v: -1 <= v < _LARGEST, "-1, 0 or more"),
     "eval.batch_size": _up_to(1_000_000),
 }

@@ -70,6 +70,14 @@ class EarlyStopping(NamedTuple):
         smooth = _SMOOTHING * metric + (1 - _SMOOTHING) * self.smooth
         return Decision(state._replace(smooth=smooth, wait=0), is_best, stop=False)
 
+    def ends(self, metric: float, patience: int) -> bool:
+        """Whether a run that has ended would have done so with this `patience`, too.
+
+        metric: the highest so far.
+        """
+        perfect = round(metric, 4) >= _PERFECT
+        return patience > 0 and (perfect or self.wait >= patience)
+
     def to_dict(self) -> dict[str, float]:
         """The state as plain numbers. Store them in double precision: the comparisons
         after a restore are then the same."""

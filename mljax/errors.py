@@ -1,6 +1,8 @@
 """The exceptions whose message is meant for the person at the terminal."""
 
 import errno
+import os
+import sys
 
 
 class UserError(ValueError):
@@ -19,6 +21,15 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def complain(text: str) -> None:
+    """Prints on stderr. That nobody reads it any more (Ctrl-C ends `| tee` too) is no
+    error: what is to be saved then must be."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (until the end)
 
 
 def one_line(error: BaseException) -> str | None:

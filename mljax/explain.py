@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mljax import main as program
 from mljax import memory, tables
-from mljax.errors import UserError
+from mljax.errors import UserError, complain
 from mljax.prediction_files import find_images
 
 
@@ -66,18 +66,19 @@ def run(args: argparse.Namespace) -> None:
     unreadable = 0
     for start in range(0, len(paths), heatmaps.BATCH):
         part = slice(start, start + heatmaps.BATCH)
-        photos, readable = {}, []
+        photos, readable, drawn = [], [], []
         for path, file in zip(paths[part], files[part], strict=True):
             try:
-                photos[file] = model.photo(path)
+                photos.append(model.photo(path))
                 readable.append(path)  # which the model sees as `predict` reads it
+                drawn.append(file)
             except UserError as error:
                 unreadable += 1
-                print(error, file=sys.stderr)
+                complain(str(error))
         found = model.heatmaps(readable, args.label, top=args.top, method=args.method)
         if photos:  # and label and method are known to be right
             _make(folder)
-        for (file, photo), maps in zip(photos.items(), found, strict=True):
+        for file, photo, maps in zip(drawn, photos, found, strict=True):
             file.parent.mkdir(parents=True, exist_ok=True)
             heatmap_pictures.draw(file, photo, maps)
     done = tables.count(len(paths), "image")

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mljax.errors import Stopped, UserError, one_line
+from mljax.errors import Stopped, UserError, complain, one_line
 from mljax.preemption import RESTART
 
 _FAILED = "mljax/failed"
@@ -166,7 +166,7 @@ def _ended_after(seconds: float, text: str) -> Iterator[None]:
     """
 
     def end() -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        complain(f"error: {text}")
         os._exit(RESTART)  # most likely one of them died
 
     timer = threading.Timer(seconds, end)
@@ -244,7 +244,7 @@ class _Watcher:
                 return
             if found and not self._ended.is_set():
                 _, message = found[0]
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                complain(f"error: {message}")
                 _leave(1)
 
     def stop(self) -> None:
@@ -267,7 +267,7 @@ def _fail(error: BaseException, watcher: _Watcher, config: ConfigDict) -> None:
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {_short(error)}"
     else:
-        print(f"error: {text}", file=sys.stderr)
+        complain(f"error: {text}")
     with contextlib.suppress(RuntimeError):
         here = f"process {jax.process_index()} on {socket.gethostname()}"
         key = f"{_FAILED}/{jax.process_index()}"
@@ -291,8 +291,9 @@ def _leave(code: int) -> None:
         _client().wait_at_barrier("mljax/leave", int(1000 * _LAST_WORDS))
         if jax.process_index() == 0:
             time.sleep(_POLL)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -252,7 +252,7 @@ def export(args: argparse.Namespace) -> None:
         tensors = paper_names.to_paper(name, model, backbone, head)
     else:
         tensors = import_torch.export(model)
-    torch_files.write(args.to, tensors, about["class_names"])
+    torch_files.write(args.to, tensors, pretrained.named_classes(about))
     classes = len(about["class_names"])
     print(f"written: {args.to}: {len(tensors)} tensors, {classes} classes")
 

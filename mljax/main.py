@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mljax import config as configs
 from mljax import memory
-from mljax.errors import Stopped, UserError, one_line
+from mljax.errors import Stopped, UserError, complain, one_line
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -173,15 +173,15 @@ def exit_code(
     try:
         job()
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        complain(str(stopped))
         return stopped.exit_code
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        complain(interrupted)
         return 130
     except Exception as error:
         if (text := one_line(error)) is None:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        complain(f"error: {text}")
         return 1
     return 0
 

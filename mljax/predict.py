@@ -21,7 +21,7 @@ import numpy as np
 
 from mljax import main as program
 from mljax import memory
-from mljax.errors import UserError
+from mljax.errors import UserError, complain
 from mljax.prediction_files import FORMATS, Row, check_writable, find_images, writer
 from mljax.tables import count
 
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
             output.add(row, list(named))
             if row.error:
                 unreadable += 1
-                print(f"\r{row.path}: cannot be read ({row.error})", file=sys.stderr)
+                complain(f"\r{row.path}: cannot be read ({row.error})")
             elif i in shown:
                 rows.append(row)
             _progress(i + 1, len(paths))

@@ -9,7 +9,6 @@ ends the program at once.
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 
-from mljax.errors import Stopped
+from mljax.errors import Stopped, complain
 
 # "Temporary failure, try again" (EX_TEMPFAIL of sysexits.h): what launchers restart
 # upon. 143 would not do: shells give it for a process that SIGTERM killed before it
@@ -80,13 +79,9 @@ def watching() -> Iterator[Watch]:
         if number != signal.SIGINT:
             return
         signal.signal(signal.SIGINT, before[signal.SIGINT])
-        print(
-            "\nstopping: the step in progress is saved (Ctrl-C again: at once)",
-            file=sys.stderr,
-            flush=True,
-        )
         if watch.many:  # JAX takes SIGTERM, and tells the others
             os.kill(os.getpid(), signal.SIGTERM)
+        complain("\nstopping: the step in progress is saved (Ctrl-C again: at once)")
 
     # With several processes SIGTERM is JAX's, from the start.
     numbers = (signal.SIGINT,) if watch.many else (signal.SIGINT, signal.SIGTERM)

@@ -1,10 +1,13 @@
 """What a run knows beside its arrays; kept in every checkpoint as plain JSON."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mljax.early_stopping import EarlyStopping
+from ml_collections import ConfigDict
+
+from mljax.early_stopping import Decision, EarlyStopping
 from mljax.errors import UserError
 
 
@@ -87,6 +90,22 @@ class Progress:
         self.loss_sum, self.loss_steps = 0.0, 0
         return mean
 
+    def decide(self, mean_ap: float, epoch: int, config: ConfigDict) -> Decision:
+        """What follows from the evaluation after `epoch`, which had this mAP."""
+        decision = self.stopping.update(
+            mean_ap,
+            patience=config.train.patience,
+            warmed_up=epoch > warmup_epochs(config),
+        )
+        self.stopping, self.stopped = decision.state, decision.stop
+        self.evaluation_due = False
+        return decision
+
+    def go_on(self, patience: int) -> None:
+        """Lets a run that early stopping has ended go on where it has more patience."""
+        best = self.best["mAP"] if self.best else 0.0
+        self.stopped &= self.stopping.ends(best, patience)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             **vars(self),
@@ -103,3 +122,13 @@ class Progress:
                 "unreadable": set(values["unreadable"]),
             }
         )
+
+
+def warmup_epochs(config: ConfigDict) -> int:
+    """In how many epochs early stopping does not wait yet: `train.warmup_epochs`, or
+    those in which the learning rate rises."""
+    if config.train.warmup_epochs >= 0:
+        return config.train.warmup_epochs
+    if config.optim.schedule == "constant":
+        return 0
+    return math.ceil(round(config.optim.pct_start * config.epochs, 6))

@@ -7,8 +7,9 @@ them).
 
 asl is what the paper compares itself with, a linear head or ML-Decoder trained as in
 the code that goes with arXiv 2111.12933 (ML-Decoder; that of 2009.14119, ASL, is the
-same but for the batch and the length). What differs: decay is decoupled, and pixels are
-scaled as for aam, to [-1, 1]; theirs are in [0, 1].
+same but for the batch and the length). What differs: decay is decoupled, pixels are
+scaled as for aam, to [-1, 1] where theirs are in [0, 1], and Cutout comes after
+RandAugment.
 """
 
 from collections.abc import Mapping
@@ -88,6 +89,7 @@ def _asl(config: ConfigDict) -> None:
     config.optim.final_div_factor = 1e4
     config.ema.decay = 0.9997
     config.sam.rho = 0.0
+    config.train.patience = 0  # all epochs; the best one is kept
     config.loss.asl.weight_gradient = False
     config.data.cutout, config.data.cutout_side = 1.0, 0.5
     config.data.flip = 0.0

@@ -1,6 +1,5 @@
 """What a run says: lines on the terminal and curves in TensorBoard."""
 
-import contextlib
 import math
 import os
 import sys
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from mljax import finetune, speed, tables
 from mljax.data.source import Sources
 from mljax.early_stopping import Decision
-from mljax.errors import UserError
+from mljax.errors import UserError, complain
 from mljax.progress import Progress
 from mljax.run import Run
 
@@ -51,8 +50,7 @@ class Terminal:
             print(text, flush=True)
         except OSError as error:  # nor does a run end for its log
             sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (until the end)
-            with contextlib.suppress(OSError):
-                print(f"log: no more from here on ({error})", file=sys.stderr)
+            complain(f"log: no more from here on ({error})")
 
     def opening(
         self,

@@ -258,6 +258,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         saved = last.about(start)
         workdir.check_same_data(path, saved, about)
         progress = Progress.from_dict(hosts.of_first(saved["progress"]))
+        progress.go_on(config.train.patience)
         state = last.load(start, made.state)
     else:
         workdir.check_nothing_lost(folder)
@@ -302,19 +303,13 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         terminal.unreadable(progress)
         # One process decides: on another processor the last bit may differ.
         row, per_class = hosts.of_first(results.row(at, epoch, progress, scores, run))
-        decision = progress.stopping.update(
-            row["mAP"],
-            patience=config.train.patience,
-            warmed_up=epoch > config.train.warmup_epochs,
-        )
+        decision = progress.decide(row["mAP"], epoch, config)
         last.wait()  # so that an evaluation means that there is a checkpoint
         if decision.is_best:
             chosen = variants[results.variant(row)]
             progress.best = {**row, "per_class": per_class}
             best.save(at, chosen, {**about, "best": progress.best})
             best.wait()
-        progress.stopping, progress.stopped = decision.state, decision.stop
-        progress.evaluation_due = False
         history.append(row)
         workdir.write_history(folder, history)
         results.write_summary(folder, progress, history, names, made.chosen_on)

@@ -46,6 +46,7 @@ FREE_KEYS = frozenset(
         "train.checkpoint_every",
         "train.log_every",
         "train.max_bad_steps",
+        "train.patience",  # steps stay the same; there may be more of them
         "profile",
         "published_mAP",
     }
@@ -94,7 +95,7 @@ class Lock:
         self.path, self.patience = path, patience
         self.note = ""  # for the terminal
         self._file: IO[str] | None = None
-        self._is_held = self._is_new = False
+        self._is_new = False
 
     def __enter__(self) -> "Lock":
         return self
@@ -116,7 +117,7 @@ class Lock:
         open_for_training(self.path, config)
         self.take()
         open_for_training(self.path, config)  # a run that ended may have taken it back
-        self._is_new = is_new and self._is_held
+        self._is_new = is_new and not self.note  # no other run is known of
 
     def keep(self) -> None:
         """From here on the directory holds something: curves, at least."""
@@ -154,7 +155,6 @@ class Lock:
                 return
             except OSError:
                 return
-        self._is_held = True
         process = f"process {os.getpid()} on {socket.gethostname()}"
         with whole.named(file.name):
             file.truncate(0)
@@ -167,6 +167,7 @@ def _let_go(workdir: Path) -> None:
     made = [workdir / name for name in ("label_graph.npz", "label_graph.png", CONFIG)]
     events = workdir / "tensorboard"
     if all(is_left(f) or f in (*made, events) for f in workdir.iterdir()):
+        # On NFS a file that is open yet stays, by another name, until it is closed.
         shutil.rmtree(events, ignore_errors=True)
         for file in made:
             file.unlink(missing_ok=True)
@@ -260,7 +261,9 @@ def write_text(file: Path, text: str) -> None:
 def is_left(file: Path) -> bool:
     """Whether this is of a run that ended before it had a result, or of a file that a
     killed process was writing."""
-    if file.name in ("checkpoints", "best"):
+    if file.name == "tensorboard" and not (file.parent / _LOCK).exists():
+        return False  # of somebody else
+    if file.name in ("checkpoints", "best", "tensorboard"):
         return file.is_dir() and not any(file.iterdir())
     if file.name == HISTORY:
         return not file.stat().st_size

@@ -12,7 +12,15 @@ from golden_backbones import image
 from golden_weights import golden_weights
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
-from small_networks import SMALL, call, model_of, same, save_run, timm_file
+from small_networks import (
+    SMALL,
+    call,
+    config_of,
+    model_of,
+    same,
+    save_run,
+    timm_file,
+)
 from test_blocks import TINY
 from test_mobilenetv3 import run
 
@@ -124,7 +132,8 @@ def test_export_and_import_give_the_same_bits(backbone, names, tmp_path, capsys)
 
 @pytest.mark.parametrize(
     ("head", "loss"),
-    [("linear", "bce"), ("csra", "aam"), ("ml_decoder", "aam"), ("query2label", "asl")],
+    [("linear", "bce"), ("csra", "aam"), ("ml_decoder", "aam"), ("query2label", "asl")]
+    + [("gcn", "aam"), ("gat", "bce")],
 )
 def test_a_classifier_of_as_many_other_classes_starts_anew(
     head, loss, tmp_path, capsys
@@ -135,6 +144,7 @@ def test_a_classifier_of_as_many_other_classes_starts_anew(
     whole = import_torch.export(model)
     fresh = model_of("small_resnet", head, loss, 7)
     own = import_torch.export(fresh)
+    whole |= {name: own[name] for name in getattr(model.head, "from_data", ())}
     names = [f"class {i}" for i in range(7)]
     of_classes = {n for n in own if 7 in own[n].shape}
     of_classes -= {"decoder.query_embed.weight"}  # a group's
@@ -154,6 +164,25 @@ def test_a_classifier_of_as_many_other_classes_starts_anew(
             for name in found:
                 expected = own if name in of_classes else whole
                 np.testing.assert_array_equal(found[name], expected[name], name)
+
+
+def test_classes_that_are_called_by_numbers(tmp_path, capsys):
+    """Numbers that nobody gave are no names; the labels of a run may be numbers."""
+    numbers = [str(i) for i in range(7)]
+    model = model_of("small_resnet", "linear", "bce", 7)
+    file, back = tmp_path / "x.safetensors", tmp_path / "back"
+    call(capsys, "--export", "--from", tmp_path / "run", "--to", tmp_path / "x.pth")
+    config = config_of("small_resnet", "linear", "bce")
+    about = dict(config=config.to_dict(), class_names=numbers)
+    params, batch_stats = split(model)
+    variables = dict(params=params, batch_stats=batch_stats)
+    checkpoint.save_variables(tmp_path / "numbered", variables, about)
+    checkpoint.save_variables(back, variables, about | {"imported_from": "x.pth"})
+    call(capsys, "--export", "--from", back, "--to", file)
+    make = partial(model_of, "small_resnet", "linear", "bce", 7)
+    for path, is_kept in (("numbered", False), ("back", True), ("x.safetensors", True)):
+        *_, notes = pretrained.load(str(tmp_path / path), make, [*"abcdefg"])
+        assert is_kept == (notes == [])
 
 
 @pytest.mark.parametrize(

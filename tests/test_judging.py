@@ -9,8 +9,9 @@ import pytest
 from runs import same_results
 from test_preemption import settings, stop_at  # noqa: F401 (fixture)
 
-from mljax import checkpoint, evaluate, results, train
+from mljax import checkpoint, config, evaluate, results, train
 from mljax.errors import Stopped, UserError
+from mljax.progress import Progress, warmup_epochs
 
 
 def judged_by(monkeypatch, mean_aps, weights="raw"):
@@ -60,6 +61,43 @@ def test_a_run_without_progress_ends(
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     train.train(settings, str(tmp_path / "run"))
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_with_more_patience_a_run_that_ended_goes_on(settings, monkeypatch, tmp_path):  # noqa: F811
+    settings.epochs = 5  # of four steps; the learning rate rises in the first one
+    folder = tmp_path / "run"
+    for patience, ends in ((1, 8), (1, 8), (2, 12), (0, 20)):
+        settings.train.patience = patience
+        # Every start goes on with the next one.
+        done = len(rows(folder)) if folder.exists() else 0
+        with monkeypatch.context() as patch:
+            judged_by(patch, [0.5, 0.3, 0.3, 0.3, 0.3][done:])
+            train.train(settings, str(folder))
+        assert [row["step"] for row in rows(folder)] == [*range(4, ends + 1, 4)]
+    assert json.loads((folder / "metrics.json").read_text())["best"]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 12),
+        ({"train.warmup_epochs": 0}, 0),
+        ({"train.warmup_epochs": 3}, 3),
+        ({"optim.schedule": "cosine", "optim.pct_start": 0.11}, 7),
+        ({"optim.schedule": "constant"}, 0),
+    ],
+)
+def test_early_stopping_waits_while_the_learning_rate_rises(changes, expected):
+    settings = config.load("configs/coco.py")
+    settings.update_from_flattened_dict(changes)
+    assert warmup_epochs(settings) == expected
+    found, waited = Progress(), []
+    for epoch in range(1, 20):
+        if found.decide(0.4 if epoch == 1 else 0.3, epoch, settings).stop:
+            break
+        waited.append(found.stopping.wait)
+    assert len(waited) == max(1, expected) + 4 and found.stopped
+    assert waited[max(1, expected) :] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

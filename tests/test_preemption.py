@@ -1,5 +1,7 @@
 """A run that is asked to stop saves its last step, says so, and goes on to the bits."""
 
+import errno
+import io
 import json
 import shutil
 import signal
@@ -12,6 +14,7 @@ from runs import ROOT, TINY, environment, last_line, same_results
 from tiny_program import Tiny
 
 from mljax import config, evaluate, memory, models, preemption, speed, train
+from mljax import main as program
 from mljax.checkpoint import Checkpoints
 from mljax.errors import Stopped, UserError
 from mljax.terminal import Terminal
@@ -169,6 +172,24 @@ def test_ctrl_c_saves_once_and_ends_at_once_the_second_time(
             train.train(settings, str(tmp_path / "run"))
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Gone(io.StringIO):
+    """stderr of `2>&1 | tee`, which Ctrl-C has ended too."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_ctrl_c_that_nobody_can_be_told_of(settings, monkeypatch, tmp_path):
+    run = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, signal.SIGINT)
+        patch.setattr(sys, "stderr", Gone())
+        assert program.exit_code(lambda: train.train(settings, run)) == 130
+        patch.setattr(sys, "stderr", Gone())
+        assert program.exit_code(lambda: train.train(settings, "")) == 1
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 6
 
 
 def test_the_program_exits_with_75(tmp_path):

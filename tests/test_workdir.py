@@ -80,6 +80,26 @@ def test_a_mistake_before_the_first_result_leaves_no_trace(tmp_path):
     begin(str(tmp_path), config, UserError("x"))  # other settings are welcome
 
 
+def test_a_mistake_where_open_files_cannot_be_deleted(tmp_path, monkeypatch):
+    """NFS keeps them, by another name, until the process has ended."""
+    config = configs.load("configs/shapes.py")
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.shutil, "rmtree", lambda *_, **__: None)
+        begin(str(tmp_path), config, UserError("x"), "tensorboard/.nfs01")
+    (tmp_path / "tensorboard" / ".nfs01").unlink()
+    config.optim.lr *= 2
+    begin(str(tmp_path), config, UserError("x"))
+
+
+def test_a_mistake_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+    begin(str(tmp_path), configs.load("configs/shapes.py"), UserError("x"))
+    assert {file.name for file in tmp_path.iterdir()} == {".lock"}
+
+
 def test_a_mistake_after_a_step_keeps_the_curves(tmp_path):
     config = configs.load("configs/shapes.py")
     with (

@@ -96,8 +96,7 @@ def match(
       wanted: name -> shape of what the model has.
       given: name -> shape of the weights to start from.
       in_head: whether a tensor of this name belongs to a head.
-      own: names that are never taken, because this run's data decides them. A head
-        with some has nothing else that belongs to a class.
+      own: names that are never taken, because this run's data decides them.
       other_classes: the weights are for as many classes with other names, or in
         another order.
 
@@ -107,7 +106,7 @@ def match(
     wanted = {name: shape for name, shape in wanted.items() if name not in own}
     given = {name: shape for name, shape in given.items() if name not in own}
     last, other = _last(wanted, in_head), _last(given, in_head)
-    if last != other or (other_classes and not own):
+    if last != other or other_classes:
         why = f"the weights have {_describe(other)}, the model {_describe(last)}"
         if last == other:
             why = "the weights are for other classes, or for these in another order"

@@ -107,12 +107,19 @@ def _other_version(folder: Path, error: UserError) -> UserError:
 
 
 def _are_others(given: Sequence[str] | None, wanted: Sequence[str]) -> bool:
-    """Whether these are names, and not those of the model."""
-    if not given or not wanted:
-        return False
-    # What import_weights calls classes that nobody has named.
-    numbers = [str(i) for i in range(len(given))]
-    return list(given) not in (list(wanted), numbers)
+    """Whether the weights tell their classes, and they are not those of the model."""
+    return bool(given and wanted) and list(given) != list(wanted)
+
+
+def named_classes(about: Mapping[str, Any]) -> list[str] | None:
+    """The classes of a checkpoint with this description; None: nobody has named them.
+
+    `import_weights` counts those: "0", "1", ...
+    """
+    names = list(about.get("class_names", ()))
+    if "imported_from" in about and names == [str(i) for i in range(len(names))]:
+        return None
+    return names
 
 
 def _from_directory(
@@ -134,7 +141,7 @@ def _from_directory(
             {name: np.shape(source[key]) for name, key in given.items()},
             head.__contains__,
             getattr(model.head, "from_data", ()),
-            _are_others(about.get("class_names"), class_names),
+            _are_others(named_classes(about), class_names),
         )
     except UserError as error:
         raise UserError(f"config.init_from = {path}: {error}") from error

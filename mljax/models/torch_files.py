@@ -72,11 +72,11 @@ def check_free(path: str | Path) -> Path:
 
 
 def write(
-    path: str | Path, tensors: Mapping[str, np.ndarray], class_names: list[str]
+    path: str | Path, tensors: Mapping[str, np.ndarray], class_names: list[str] | None
 ) -> None:
     """Writes a state dict that torch reads: a new .safetensors, .pth or .pt file.
 
-    A .safetensors file also tells the class names. Raises UserError as `check_free`
+    A .safetensors file also tells the class names, where there are any. Raises UserError as `check_free`
     does: the file exists or has another ending, or .pth needs torch.
     """
     path = check_free(path)
