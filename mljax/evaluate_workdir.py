@@ -52,7 +52,7 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
             print(f"config:  {changed} (the run's own: {folder / workdir.CONFIG})")
         for note in val.notes:
             print(f"val:     {note}")
-        print(results.table(val.class_names, per_class, val, report))
+        print(results.table(val.class_names, per_class, val, report, "eval.json"))
         if count := report.get("nan_images"):
             print(nan_note(count))
         if unreadable:

@@ -12,6 +12,7 @@ kept that gives other probabilities than the checkpoint does.
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -124,6 +125,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
     _check_output(args, output)
+    # Other programs compute in float32, GPUs and TPUs with fewer bits unless told.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from mljax import backend, checkpoint, decision, predict
     from mljax.formats import FORMATS, onnx_file
     from mljax.formats.program import make
@@ -240,6 +243,8 @@ def _measure(reference: "Predictor", found: Runs, source: "Source", name: str) -
 
 def _replace(part: Path, output: Path) -> None:
     """A directory cannot be replaced in one step: the old one goes aside first."""
+    if output.is_symlink():
+        output.unlink()  # what it names is left alone
     if not output.is_dir():
         part.replace(output)
         return
@@ -251,7 +256,7 @@ def _replace(part: Path, output: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -119,7 +119,11 @@ def load(image: Any, data_config: ConfigDict) -> np.ndarray:
     if data_config.fit == "letterbox":
         goal = _inside(pixels.shape[:2], target)
     method = "area" if data_config.resize == "area" else "bilinear"
-    pixels = resize(pixels, goal, data_config.antialias, method)
+    try:
+        pixels = resize(pixels, goal, data_config.antialias, method)
+    except MemoryError:
+        reason = "this machine has too little memory for it"
+        raise UnreadableImage(reason) from None
     if goal == target:
         return pixels
     whole = np.full((*target, 3), GREY, np.uint8)
@@ -317,6 +321,8 @@ def _first_frame(image: Image.Image) -> np.ndarray:
     """What a GIF shows first, on black, without the canvas around it: as TensorFlow."""
     tile = getattr(image, "tile", ())  # before it is decoded: where the frame lies
     left, top, right, bottom = tile[0][1] if tile else (0, 0, *image.size)
+    if left >= right or top >= bottom:
+        raise UnreadableImage("its first frame has no pixels")
     frame = image.convert("RGBA")
     black = Image.new("RGBA", frame.size, (0, 0, 0, 255))
     whole = np.asarray(Image.alpha_composite(black, frame).convert("RGB"))
@@ -340,6 +346,10 @@ def resize(
     if image.shape[:2] == (height, width):
         return image
     kind = "area" if method == "area" else "wide" if antialias else "bilinear"
+    if height * image.shape[1] > 4 * image.shape[0] * max(width, image.shape[1]):
+        # A strip: made high first it would be many times as large as it is.
+        turned = resize(image.swapaxes(0, 1), (width, height), antialias, method)
+        return np.ascontiguousarray(turned.swapaxes(0, 1))
     rows = _weights(image.shape[0], height, kind)
     columns = _weights(image.shape[1], width, kind)
     pixels = image.reshape(len(image), -1).astype(np.float32)
@@ -350,7 +360,10 @@ def resize(
     return np.ascontiguousarray(rounded.swapaxes(0, 1))
 
 
-@functools.lru_cache(maxsize=64)
+_BLOCK = 1 << 20  # entries that are computed at once
+_LONG = 1 << 14  # pixels
+
+
 def _weights(length: int, size: int, kind: str) -> "csr_array":
     """float32 [size, length], rows sum to 1.
 
@@ -362,17 +375,36 @@ def _weights(length: int, size: int, kind: str) -> "csr_array":
     becomes smaller, a wider one (antialiasing); "area": how much of each old pixel a
     new one covers.
     """
+    if length > _LONG:  # as large as the picture
+        return _new_weights(length, size, kind)
+    return _kept_weights(length, size, kind)
+
+
+def _new_weights(length: int, size: int, kind: str) -> "csr_array":
     from scipy.sparse import csr_array  # training resizes with TensorFlow
 
     ratio = length / size
-    if kind == "area":
-        starts = np.arange(size)[:, None] * ratio
-        pixels = np.arange(length)
-        covered = np.minimum(starts + ratio, pixels + 1) - np.maximum(starts, pixels)
-        weights = np.maximum(0, covered)
-    else:
-        reach = max(ratio, 1.0) if kind == "wide" else 1.0
-        places = (np.arange(size) + 0.5) * ratio
-        distance = np.abs(np.arange(length) + 0.5 - places[:, None]) / reach
-        weights = np.maximum(0, 1 - distance)
-    return csr_array((weights / weights.sum(1, keepdims=True)).astype(np.float32))
+    reach = max(ratio, 1.0) if kind == "wide" else 1.0
+    width = int(ratio if kind == "area" else 2 * reach) + 3  # entries of a row at most
+    rows = max(1, _BLOCK // width)
+    data, columns, counts = [], [], []
+    for first in range(0, size, rows):
+        row = np.arange(first, min(first + rows, size))[:, None]
+        start = row * ratio if kind == "area" else (row + 0.5) * ratio - reach - 0.5
+        column = np.floor(start).astype(np.int64) + np.arange(width)
+        if kind == "area":
+            weights = np.minimum(row * ratio + ratio, column + 1)
+            weights = weights - np.maximum(row * ratio, column)
+        else:
+            weights = 1 - np.abs(column + 0.5 - (row + 0.5) * ratio) / reach
+        weights *= (weights > 0) & (column >= 0) & (column < length)
+        weights /= weights.sum(1, keepdims=True)
+        data.append(weights[weights > 0].astype(np.float32))
+        columns.append(column[weights > 0].astype(np.int32))
+        counts.append((weights > 0).sum(1))
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    parts = np.concatenate(data), np.concatenate(columns), starts.astype(np.int32)
+    return csr_array(parts, shape=(size, length))
+
+
+_kept_weights = functools.lru_cache(maxsize=64)(_new_weights)

@@ -36,8 +36,9 @@ def sheet(
 ) -> None:
     """Writes a PNG: each image with the labels predicted for it.
 
-    Green: predicted and true. Red: predicted, not true. Brown: true, not predicted;
-    each with its probability in percent. Without labels all are black.
+    Green: predicted and true. Red: predicted, not true. Brown: true, not predicted.
+    Black: predicted, and not known to be true or not; each with its probability in
+    percent. Without labels all are black.
 
     Args:
         file: the PNG to write.
@@ -54,6 +55,8 @@ def sheet(
         for p, t in zip(probabilities, truth, strict=False)
     ]
     key = "green: right    red: predicted, not labelled    brown: labelled, missed"
+    if labels is not None and (labels[: len(images)] == -1).any():
+        key += "    black: unknown"
     if labels is None:
         key = "labels with a probability above their thresholds"
         if above.min() == above.max():
@@ -163,7 +166,7 @@ def _lines(
         if not (predicted or true):
             continue
         kind = ("right" if true else "wrong") if predicted else "missed"
-        colour = _COLOURS["unknown" if t is None else kind]
+        colour = _COLOURS["unknown" if t is None or t[i] == -1 else kind]
         name = shorten(class_names[i], _MOST_LETTERS - 4)
         found.append((f"{name} {100 * p[i]:.0f}", colour))
     return found[:_MOST_LINES] or [("(none)", "#555555")]

@@ -22,6 +22,8 @@ _OTHERS = (".jpe", ".jfif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", 
 _BETWEEN = ";"  # labels in a cell of a CSV file
 _FIXED = ("path", "labels", "error")  # its other columns
 
+NOT_A_NUMBER = "what the model gives for it is not a number"
+
 
 class Row(NamedTuple):
     """What is said of one image.
@@ -140,6 +142,8 @@ class Writer:
     def add(self, row: Row, labels: list[str]) -> None:
         # The shortest digits that give the same float32 again: what is close to 0 or
         # 1 keeps its order.
+        if not np.isfinite(row.probabilities).all():
+            row = Row(row.path, np.zeros(0, np.float32), NOT_A_NUMBER)
         exact = row.probabilities.astype(np.float32)
         numbers: list[float | str] = [float(str(p)) for p in exact]
         self._rows += 1

@@ -146,8 +146,12 @@ def table(
     per_class: list[float | None],
     source: Source,
     figures: Mapping[str, float],
+    file: str = workdir.SUMMARY,
 ) -> str:
-    """The result as text: AP by class with its positives, then the means."""
+    """The result as text: AP by class with its positives, then the means.
+
+    file: has those that are not shown.
+    """
     positives = (source.labels == 1).sum(0)
     order = sorted(range(len(names)), key=lambda i: -(per_class[i] or 0.0))
     lines = []
@@ -156,7 +160,7 @@ def table(
         text = "none" if ap is None else f"{100 * ap:.2f}"
         lines.append(f"{names[i]:<24} {positives[i]:>9} {text:>7}")
     head = f"{'class':<24} {'positives':>9} {'AP':>7}"
-    shown = [head, *tables.ends(lines, workdir.SUMMARY)]
+    shown = [head, *tables.ends(lines, file)]
     empty = sum(ap is None for ap in per_class)
     if empty:
         shown.append(f"({empty} without a positive are left out of the mean)")

@@ -88,12 +88,12 @@ def test_with_more_patience_a_run_that_ended_goes_on(settings, monkeypatch, tmp_
     ],
 )
 def test_early_stopping_waits_while_the_learning_rate_rises(changes, expected):
-    settings = config.load("configs/coco.py")
-    settings.update_from_flattened_dict(changes)
-    assert warmup_epochs(settings) == expected
+    coco = config.load("configs/coco.py")
+    coco.update_from_flattened_dict(changes)
+    assert warmup_epochs(coco) == expected
     found, waited = Progress(), []
     for epoch in range(1, 20):
-        if found.decide(0.4 if epoch == 1 else 0.3, epoch, settings).stop:
+        if found.decide(0.4 if epoch == 1 else 0.3, epoch, coco).stop:
             break
         waited.append(found.stopping.wait)
     assert len(waited) == max(1, expected) + 4 and found.stopped

@@ -59,3 +59,15 @@ def test_what_is_close_to_0_or_1_keeps_its_order(kind, tmp_path):
     else:
         found = list(json.loads(text)["probabilities"].values())
     np.testing.assert_array_equal(np.array(found, np.float32), p)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".json", ".jsonl"])
+def test_what_is_not_a_number_is_said_in_words(kind, tmp_path):
+    file = tmp_path / f"out{kind}"
+    with writer(str(file)) as output:
+        output.begin(["cat", "dog"])
+        output.add(Row("a.jpg", np.array([0.5, np.nan], np.float32), ""), [])
+    text = file.read_text()
+    assert "a.jpg" in text and "is not a number" in text and "nan" not in text.lower()
+    if kind == ".json":
+        assert [*json.loads(text)[0]] == ["path", "error"]

@@ -26,7 +26,6 @@ from mljax.models import pretrained
 for package in ("starlette", "uvicorn", "python_multipart", "prometheus_client"):
     pytest.importorskip(package, reason="needs pip install '.[serve]'")
 
-import uvicorn  # noqa: E402
 
 from mljax.serve import __main__ as program  # noqa: E402
 from mljax.serve.app import Limits, Service  # noqa: E402
@@ -84,8 +83,7 @@ class Running:
 @contextlib.contextmanager
 def serving(model, limits=LIMITS, ready=True):
     service = Service(model, limits, lambda: setattr(server, "should_exit", True))
-    config = uvicorn.Config(service.app, log_level="critical")
-    server = uvicorn.Server(config)
+    server = program.server_of(service)
     place = program._bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     running = Running(service, place.getsockname()[1])

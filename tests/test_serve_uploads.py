@@ -11,8 +11,10 @@ from PIL import Image
 from test_serve import (  # noqa: F401 (fixtures)
     BATCH,
     LIMITS,
+    answer,
     encoded,
     exported,
+    model,
     server,
     serving,
 )
@@ -62,7 +64,7 @@ def test_a_long_text_and_a_common_misnomer(exported):  # noqa: F811
 
 
 def test_a_silent_upload_gives_its_place_back(exported, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(uploads, "_SILENCE", 0.3)
+    monkeypatch.setattr(uploads, "SILENCE", 0.3)
     with serving(export.load(exported[0], BATCH)) as running:
         start = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
         start += b"Content-Type: image/png\r\n\r\nabc"
@@ -73,6 +75,51 @@ def test_a_silent_upload_gives_its_place_back(exported, monkeypatch):  # noqa: F
         assert time.monotonic() - begun < 5
         assert answer.startswith("HTTP/1.1 408") and "nothing came for" in answer
         assert running.metric("mljax_queue_length") == 0
+
+
+def closed_after(running, *parts, pause=0.0):
+    """Seconds until the server closes a connection that sends these bytes."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as client:
+        begun = time.monotonic()
+        for part in parts:
+            client.sendall(part)
+            time.sleep(pause)
+        while client.recv(10_000):
+            pass
+        return time.monotonic() - begun
+
+
+def test_a_header_that_does_not_come_closes_the_connection(server, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(uploads, "SILENCE", 0.4)
+    monkeypatch.setattr(uploads, "SECONDS", 1.2)
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    assert 0.3 < closed_after(server) < 2
+    assert 0.3 < closed_after(server, b"GET /hea") < 2
+    # After an answer, too.
+    assert 0.3 < closed_after(server, request + b"\r\n", b"G", pause=0.1) < 2
+    # A byte now and then does not keep it.
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        closed_after(server, *[request[i : i + 1] for i in range(30)], pause=0.2)
+    assert server.call("GET", "/health")[0] == 200
+
+
+def test_a_refusal_does_not_wait_for_the_rest(server, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(uploads, "_DRAIN_SECONDS", 0.2)
+    start = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999\r\n"
+    assert closed_after(server, start + b"Content-Type: image/png\r\n\r\nabc") < 3
+
+
+def test_an_output_that_is_not_a_number(model):  # noqa: F811
+    with serving(model) as running:
+        model._run = lambda batch: answer(batch) * np.where(batch.max() > 9, np.nan, 1)
+        status, _, found = running.raw(encoded(0))
+    assert status == 400 and "is not a number" in found["images"][0]["error"]
+
+
+def test_names_in_a_charset_that_cannot_be_decoded(server):  # noqa: F811
+    kind = "multipart/form-data; boundary=edge; charset=undefined"
+    status, _, body = server.raw(form(encoded(0)) + b"\r\n--edge--\r\n", kind)
+    assert status == 400 and "are not in the charset" in body["error"]
 
 
 def palette(alphas: bytes) -> bytes:

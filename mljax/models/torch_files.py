@@ -76,8 +76,9 @@ def write(
 ) -> None:
     """Writes a state dict that torch reads: a new .safetensors, .pth or .pt file.
 
-    A .safetensors file also tells the class names, where there are any. Raises UserError as `check_free`
-    does: the file exists or has another ending, or .pth needs torch.
+    A .safetensors file also tells the class names, where there are any. Raises
+    UserError as `check_free` does: the file exists or has another ending, or .pth
+    needs torch.
     """
     path = check_free(path)
     arrays = {name: np.array(value, order="C") for name, value in tensors.items()}

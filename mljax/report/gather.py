@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -125,7 +126,7 @@ def gather(
     def attempt(what: str, job: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return job()
-        except (UserError, OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             reason = " ".join(str(error).split())
             missing.append(f"{what}: {reason}")
             return otherwise
@@ -244,6 +245,9 @@ def _evaluate(
         p = np.asarray(
             decision.probabilities(readable.outputs, config.loss, kept.calibration)
         )
+    # Evaluation counts what is not a number as the lowest, and says so.
+    p, trained_p = np.nan_to_num(p), np.nan_to_num(trained_p)
+    if kept is not None:
         kept_report = metrics.classification_report(p, readable.labels, used.thresholds)
     return Evaluation(
         source=val,

@@ -63,7 +63,8 @@ def summary(run: RunData) -> Markup:
 def missing(run: RunData) -> Markup:
     """What this page lacks, and why; empty where it has all."""
     lines = list(run.missing)
-    noted = run.noted.get("mAP")
+    of_val = "val" in run.summary or run.summary.get("chosen_on") == "val"
+    noted = run.noted.get("mAP") if of_val else None
     if run.evaluation and noted and abs(run.figures["mAP"] - noted) > 1e-3:
         lines.append(
             f"training noted mAP {100 * noted:.2f} for these weights: the data or the "

@@ -13,10 +13,16 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from mljax.serve.app import Service
 
 # Seconds for requests that are in work when the server is asked to stop. Kubernetes
 # gives a program 30.
@@ -81,8 +87,6 @@ def run(args: argparse.Namespace) -> None:
     _require()
     program.quiet()
     place = _bind(args.host, args.port)
-    import uvicorn
-
     from mljax import backend, export, images
     from mljax.serve.app import Limits, Service
 
@@ -101,15 +105,7 @@ def run(args: argparse.Namespace) -> None:
         server.should_exit = True
 
     service = Service(model, limits, stop)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            service.app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE,
-        )
-    )
+    server = server_of(service)
     height, width = images.sides_of(model.config.data)
     host, port = place.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
@@ -120,9 +116,27 @@ def run(args: argparse.Namespace) -> None:
     # uvicorn answers what it took, and then sends itself the signal once more.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=[place])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is compiled yet may take long
     if service.failure is not None:
         raise service.failure
     print("stopped")
+
+
+def server_of(service: "Service") -> "uvicorn.Server":
+    import uvicorn
+
+    from mljax.serve.connections import Connection
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            service.app,
+            http=Connection,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE,
+        )
+    )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from mljax import images
 from mljax.predict import Predictor
+from mljax.prediction_files import NOT_A_NUMBER
 from mljax.serve.batching import Batches, Full
 from mljax.serve.counters import Counted, Counters
 from mljax.serve.uploads import Body, Upload
@@ -117,6 +118,8 @@ class Service:
                 raise  # there was time enough
             with contextlib.suppress(ClientDisconnect):
                 await body.drain()
+            if not body.ended:  # the rest is not waited for
+                refusal.headers = {**(refusal.headers or {}), "Connection": "close"}
             raise
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; it is counted
@@ -148,6 +151,8 @@ class Service:
                 error = read
             else:
                 p = await self._batches.predict(read)
+                if not np.isfinite(p).all():
+                    return {"name": upload.name, "error": NOT_A_NUMBER}
                 # The shortest digits that give the same float32 again.
                 numbers = [float(str(x)) for x in p]
                 return {

@@ -24,7 +24,7 @@ TYPES = (
 )
 # To send a request in, and between two parts of it: who is slower keeps a place from
 # others, and the server from ending.
-_SECONDS, _SILENCE = 60.0, 5.0
+SECONDS, SILENCE = 60.0, 5.0
 _TAIL = 4096  # bytes; what ends a form is at most 74 long, and a text may follow it
 _DRAIN_SECONDS, _DRAIN_TIMES = 5.0, 8
 
@@ -53,7 +53,7 @@ class Body:
 
     def __init__(self, request: Request, max_bytes: int):
         self._request, self._max_bytes = request, max_bytes
-        self._size, self._ended = 0, False
+        self._size, self.ended = 0, False
         self._tail = b""  # of what came
 
     async def uploads(self, max_images: int) -> list[Upload]:
@@ -75,13 +75,13 @@ class Body:
         if length.isdecimal() and int(length) > self._max_bytes:
             raise self._too_large()
         try:
-            async with asyncio.timeout(_SECONDS):
+            async with asyncio.timeout(SECONDS):
                 if kind == FORM:
                     return await self._files(max_images)
                 body = await Request(self._request.scope, self._receive).body()
                 return [Upload(None, body)]
         except TimeoutError:
-            reason = f"the request took more than {_SECONDS:.0f} s to arrive"
+            reason = f"the request took more than {SECONDS:.0f} s to arrive"
             raise HTTPException(408, reason, {"Connection": "close"}) from None
 
     async def _files(self, max_images: int) -> list[Upload]:
@@ -97,6 +97,9 @@ class Body:
                     else:
                         name = _text(value.filename or field)
                         found.append(Upload(name, await value.read()))
+        except UnicodeError:
+            reason = "the names in the form are not in the charset of Content-Type"
+            raise HTTPException(400, reason) from None
         except HTTPException as error:
             if error.detail.startswith("Too many"):
                 raise too_many from None
@@ -126,15 +129,15 @@ class Body:
             return  # it sends nothing before it is told to
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                while not self._ended and self._size < _DRAIN_TIMES * self._max_bytes:
+                while not self.ended and self._size < _DRAIN_TIMES * self._max_bytes:
                     await self._next()
 
     async def _receive(self) -> Message:
         try:
-            async with asyncio.timeout(_SILENCE):
+            async with asyncio.timeout(SILENCE):
                 message = await self._next()
         except TimeoutError:
-            reason = f"nothing came for {_SILENCE:.0f} s, and the request is not whole"
+            reason = f"nothing came for {SILENCE:.0f} s, and the request is not whole"
             raise HTTPException(408, reason, {"Connection": "close"}) from None
         if self._size > self._max_bytes:
             raise self._too_large()
@@ -145,7 +148,7 @@ class Body:
         body = message.get("body", b"")
         self._size += len(body)
         self._tail = (self._tail + body)[-_TAIL:]
-        self._ended = not message.get("more_body", False)
+        self.ended = not message.get("more_body", False)
         return message
 
     def _too_large(self) -> HTTPException:
