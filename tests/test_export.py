@@ -219,7 +219,14 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         assert "holds other files too" in call(capsys, *arguments, "--overwrite")
         assert (output / name).read_text() == "mine"
         (output / name).unlink()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+    # Another name of it is replaced, and what it names is left alone.
+    link = tmp_path / "current"
+    link.symlink_to("model")
+    for _ in range(2):
+        call(capsys, *flags(run, form, link), "--overwrite")
+        assert not link.is_symlink() and export.load(link).thresholds.size
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["current", "model", "run"]
 
 
 @pytest.mark.parametrize("form", EVERY_FORMAT)

@@ -325,7 +325,23 @@ def test_pictures_of_a_folder(workdir, tmp_path, capsys, monkeypatch):
     assert explain.main([*flags, "--overwrite", "--label=<b>", "--label=$x_"]) == 0
     with Image.open(files[0]) as drawn:
         assert drawn.width < 4 * 300
-    # A list may name folders beside its own.
+    # A list may name a picture twice, and one that cannot be read between.
+    (tmp_path / "list.txt").write_text(
+        "photos/1.jpg\nphotos/text.jpg\nphotos/1.jpg\nphotos/1.png\n"
+    )
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(heatmaps, "BATCH", 8)
+        patch.setattr(
+            heatmap_pictures,
+            "draw",
+            lambda file, photo, maps: drawn.append((file, photo)),
+        )
+        flags[1] = f"--images={tmp_path / 'list.txt'}"
+        assert explain.main([*flags, "--overwrite"]) == 0
+    shapes = [(file.name, shown.shape[:2]) for file, shown in drawn]
+    assert shapes == [("1.jpg.png", (90, 300))] * 2 + [("1.png.png", (90, 30))]
+    # It may name folders beside its own.
     listed = ["lists/../photos/1.jpg", "lists/local/2.jpg"]
     files = explain.output_files(listed, tmp_path / "maps")
     assert [str(f.relative_to(tmp_path / "maps")) for f in files] == [
