@@ -3,14 +3,16 @@
 import itertools
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from data_trees import blocks, data_config, encode, tree, write_json
 from test_data_decode import FILES, by_pil, exif_bytes
 
 from mljax import evaluate
-from mljax.data import annotations, pipeline
+from mljax.data import annotations, decode, pipeline
 from mljax.data.order import permutation
 from mljax.errors import UserError
 from mljax.progress import Progress
@@ -114,6 +116,83 @@ def test_files_that_vanish_during_training(tmp_path):
         steps(source, config, 4)
     with pytest.raises(UserError, match=r"is missing \(3 of 12 are\)"):
         annotations.load(config)
+
+
+def test_an_image_that_cannot_be_read_is_tried_once(tmp_path, monkeypatch):
+    """A part of a source has its own."""
+    config = tree(tmp_path, num_train=12)
+    config.on_error = "skip"
+    source = annotations.load(config)["train"]
+    os.unlink(source.names[5])
+    tried = []
+    plain = pipeline._one_by_one
+    monkeypatch.setattr(
+        pipeline, "_one_by_one", lambda *given: tried.append(given[1]) or plain(*given)
+    )
+    for _ in range(3):
+        rows = list(pipeline.eval_batches(source, data_config=config, batch_size=4))
+        assert [list(row["ok"]) for row in rows] == [
+            [True] * 4,
+            [True, False, True, True],
+            [True] * 4,
+        ]
+        assert len(tried) == 1
+    part = source.take([5, 6])
+    assert not part.unreadable
+    (row,) = pipeline.eval_batches(part, data_config=config, batch_size=2)
+    assert list(row["ok"]) == [False, True] and len(tried) == 2
+
+
+def test_an_error_that_passes_costs_no_image(tmp_path, monkeypatch):
+    config = tree(tmp_path, num_train=12)
+    config.on_error = "skip"
+    source = annotations.load(config)["train"]
+    waited, left = [], [3]
+    monkeypatch.setattr(decode.time, "sleep", waited.append)
+
+    def fails_at_times(index):
+        if index == 5 and left[0]:
+            left[0] -= 1
+            raise OSError(24, "Too many open files")
+        return open(source.names[index], "rb").read()
+
+    def encoded(index):
+        return tf.reshape(tf.numpy_function(fails_at_times, [index], tf.string), [])
+
+    for count, ok in ((3, True), (9, False)):
+        left[0] = count
+        troubled = replace(source.take(range(12)), encoded=encoded)
+        rows = pipeline.eval_batches(troubled, data_config=config, batch_size=12)
+        (row,) = rows
+        assert row["ok"][5] == ok and row["ok"].sum() == 11 + ok
+        assert waited == [1, 2]
+        waited.clear()
+
+
+def test_a_file_system_that_does_not_answer_ends_the_run(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(decode.time, "sleep", waited.append)
+    away = tf.errors.UnavailableError(None, None, "Network is down")
+
+    def read():
+        raise away
+
+    with pytest.raises(tf.errors.UnavailableError):
+        decode.patiently(read)
+    assert waited == [1, 2, 4, 8, 16]
+    with pytest.raises(tf.errors.NotFoundError):
+        decode.patiently(lambda: tf.io.read_file(str(tmp_path / "gone")))
+    assert len(waited) == 5
+    config = tree(tmp_path, num_train=12)
+    config.on_error = "skip"
+    source = annotations.load(config)["train"]
+    os.unlink(source.names[5])
+    monkeypatch.setattr(pipeline.decode, "patiently", lambda _: read())
+    with pytest.raises(
+        UserError, match="read now .Network is down.: is its disk there"
+    ):
+        list(pipeline.eval_batches(source, data_config=config, batch_size=4))
+    assert not source.unreadable
 
 
 def batch(index, ok):

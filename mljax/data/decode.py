@@ -7,9 +7,13 @@ decompression bomb costs nothing. A truncated file is an error, never a grey are
 """
 
 import re
+import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import tensorflow as tf
+
+T = TypeVar("T")
 
 # A branch that is rarely taken, as one node of the graph. Written out in place its
 # hundreds of nodes are visited for every image, which costs as much as decoding a
@@ -69,6 +73,38 @@ def reason(error: tf.errors.OpError) -> str:
     # Where a dataset ran it, its words stand around those on the file.
     text = re.sub(r"^Error in user-defined function .*? iterator: \S+: ", "", text)
     return text.removesuffix(" name:")
+
+
+# What a file system says that does not answer: it is no fault of the file.
+AWAY = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError)
+_OF_FILE = (
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    tf.errors.DataLossError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.OutOfRangeError,
+    tf.errors.UnimplementedError,
+)
+_PAUSES, _FEW = (1, 2, 4, 8, 16), 2  # seconds
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives. It is tried again after an error that may pass: for half a
+    minute where a file system is away, for some seconds after others, as where too many
+    files were open."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except _OF_FILE:
+            raise
+        except AWAY:
+            time.sleep(pause)
+        except tf.errors.OpError:
+            if pause > _FEW:
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def exif_orientation(data: tf.Tensor) -> tf.Tensor:

@@ -85,6 +85,7 @@ def from_files(
             "(data.on_error=skip or data.drop_missing=true goes on without them)"
         )
     keep = np.flatnonzero(present).tolist()
+    all_there = len(keep) == len(files)
     kept = [files[i] for i in keep]
     paths = tf.constant([encoded[i] for i in keep], tf.string)
 
@@ -93,13 +94,13 @@ def from_files(
 
     return Source(
         class_names=list(class_names),
-        labels=labels if len(keep) == len(files) else labels[keep],
+        labels=labels if all_there else labels[keep],
         names=kept,
         read=lambda index: decode(read_file(index), max_pixels),
         split=split,
         content=lambda: content_keys(kept),
         encoded=read_file,
-        objects=None if objects is None else objects[keep],
+        objects=objects if objects is None or all_there else objects[keep],
         notes=tuple(notes),
     )
 

@@ -8,7 +8,7 @@ what is cheap there happens on the device (`augment`).
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -155,7 +155,7 @@ def _stream(
     if data_config.on_error not in ("stop", "skip"):
         raise UserError(f"data.on_error={data_config.on_error!r}: choose stop or skip")
     load = _loader(source, data_config, train)
-    unreadable: set[int] = set()
+    unreadable = source.unreadable if data_config.on_error == "skip" else set()
 
     def readable_rows(step: int) -> Rows:
         index, draws = rows(step)
@@ -171,7 +171,9 @@ def _stream(
                 step += 1
         except tf.errors.OpError:
             index = rows(step).images
-            pictures, reasons = _one_by_one(load, readable_rows(step), data_config)
+            pictures, reasons = _one_by_one(
+                load, readable_rows(step), data_config, source.names
+            )
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
                 more = ", raise data.max_pixels" if "data.max_pixels" in reason else ""
@@ -295,13 +297,22 @@ def _images(
 
 
 def _one_by_one(
-    load: _Loader, rows: Rows, data_config: ConfigDict
+    load: _Loader, rows: Rows, data_config: ConfigDict, names: Sequence[str]
 ) -> tuple[Batch, dict[int, str]]:
-    """The pictures of a step, black where unreadable, and {index: reason} of those."""
+    """The pictures of a step, black where unreadable, and {index: reason} of those.
+
+    Raises:
+        UserError: a file system does not answer, for half a minute.
+    """
     pictures, reasons = [], {}
     for i, draws in zip(*rows, strict=True):
         try:
-            picture = load(i, draws)
+            picture = decode.patiently(lambda i=i, draws=draws: load(i, draws))
+        except decode.AWAY as error:
+            raise UserError(
+                f"{names[i]}: cannot be read now ({decode.reason(error)}): is its disk "
+                "there? The same command goes on from the last checkpoint"
+            ) from None
         except tf.errors.OpError as error:
             picture, reasons[int(i)] = load(_PADDING, draws), decode.reason(error)
         if "size" in picture:

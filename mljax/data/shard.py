@@ -208,14 +208,19 @@ def _read(
     """The encoded bytes of images; without any where an image cannot be read."""
     import tensorflow as tf
 
-    from mljax.data.decode import reason
+    from mljax.data.decode import AWAY, patiently, reason
     from mljax.data.pipeline import num_cpus
 
     encoded = source.encoded or (lambda index: tf.io.encode_png(source.read(index)))
 
     def read(row: int) -> bytes | tf.errors.OpError:
         try:
-            return encoded(tf.constant(row, tf.int64)).numpy()
+            return patiently(lambda: encoded(tf.constant(row, tf.int64)).numpy())
+        except AWAY as error:
+            raise UserError(
+                f"{source.names[row]}: cannot be read now ({reason(error)}): is its "
+                "disk there? The same command goes on"
+            ) from None
         except tf.errors.OpError as error:
             return error
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -32,6 +32,8 @@ class Source:
         objects: uint16 [num_images, num_classes], how often a label stands in an image
             (once an object), where the source tells; else None.
         notes: what a person should know about what was read, a line each.
+        unreadable: the images that could not be read so far; with on_error "skip" the
+            pipeline notes them, and tries them once.
     """
 
     class_names: list[str]
@@ -43,6 +45,7 @@ class Source:
     encoded: Callable[[tf.Tensor], tf.Tensor] | None = None
     objects: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    unreadable: set[int] = field(default_factory=set, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,8 +81,10 @@ class Source:
         read, content, encoded = self.read, self.content, self.encoded
         rows = tf.constant(indices)
 
+        count = len(self)  # this source, with its labels, is let go
+
         def taken() -> list[Hashable]:
-            keys = content() if content else range(len(self))
+            keys = content() if content else range(count)
             return [keys[i] for i in indices]
 
         return replace(
@@ -92,6 +97,7 @@ class Source:
             encoded=encoded and (lambda i: encoded(tf.gather(rows, i))),
             objects=None if self.objects is None else self.objects[indices],
             notes=self.notes if split in (None, self.split) else (),
+            unreadable=set(),
         )
 
 
