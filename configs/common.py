@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
     data.sampling = "uniform"
     # Augmentation of the training images. A random crop shows from crop_area of the
     # picture (1 = no crop) to all of it; its shape is that of image_size times 1 /
-    # crop_ratio to crop_ratio.
+    # crop_ratio to crop_ratio (fit "crop": always the target's shape).
     data.crop_area = 1.0
     data.crop_ratio = 4 / 3
     data.randaugment = ConfigDict(
@@ -118,7 +118,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # epoch is chosen on data.val, and the output says so.
     data.holdout = 0.0
     # An image that is missing or cannot be read: stop | skip (it is counted, named in
-    # the work directory, and changes no other image of its step; none is mixed with it)
+    # the work directory, and changes no other image of its step; none is mixed with it.
+    # Its place is black, which BatchNorm sees). A file system that does not answer for
+    # half a minute ends the run all the same.
     data.on_error = "stop"
     data.max_pixels = 100_000_000  # a larger image counts as unreadable
     data.prefetch = 2  # batches prepared ahead

@@ -222,6 +222,14 @@ def test_bmp_with_rows_from_the_top():
     np.testing.assert_array_equal(decoded(bytes(data)), PIXELS[::-1])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_bmp_with_bytes_behind_the_pixels(mode):
+    """Photoshop writes two, others a colour profile."""
+    whole = encode(IMAGE.convert(mode), "BMP")
+    for more in (b"\0\0", b"profile" * 99):
+        np.testing.assert_array_equal(decoded(whole + more), decoded(whole))
+
+
 TRUNCATED = {
     f"{name} {cut}": FILES[name][: len(FILES[name]) * cut // 100]
     for name in ("jpeg", "progressive", "png", "bmp", "webp", "gif")

@@ -1,7 +1,11 @@
 import itertools
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from data_trees import blocks, data_config, encode, tree, write_json
 from PIL import Image
 
@@ -70,6 +74,29 @@ def test_reads_beside_each_other_change_nothing(sources, on_error):
     config.parallel_reads = 4096  # more than there are processors
     for one, other in zip(plain, steps((sources[0], config), 4), strict=True):
         assert_same(one, other)
+
+
+def test_no_more_files_are_read_at_once_than_asked_for(tmp_path):
+    config = tree(tmp_path, num_train=16)
+    source = annotations.load(config)["train"]
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def read(index):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.005)
+        with lock:
+            now[0] -= 1
+        return open(source.names[index], "rb").read()
+
+    def encoded(index):
+        return tf.reshape(tf.numpy_function(read, [index], tf.string, False), [])
+
+    for reads in (1, 4):
+        config.parallel_reads, most[0] = reads, 0
+        list(steps(({"train": replace(source, encoded=encoded)}, config), 4))
+        assert most[0] == reads
 
 
 def test_pictures_depend_on_the_seed(tmp_path):

@@ -68,7 +68,7 @@ def test_lines_of_one_image_add_up(tmp_path):
     assert "1 images are listed more than once with other labels" in source.notes[0]
 
 
-def test_what_separates_cells_and_labels_otherwise_is_told(tmp_path):
+def test_what_separates_cells_and_labels_otherwise_is_told(tmp_path, monkeypatch):
     photo = encode(blocks(), "PNG")
     names = [f"{i}.png" for i in range(7)]
     for name in names:
@@ -85,6 +85,10 @@ def test_what_separates_cells_and_labels_otherwise_is_told(tmp_path):
     config.table.delimiter = ";"
     note = "7 labels, which would be 3 if ' ' separated them (data.table.separator)"
     assert load(config).train.notes == (note,)
+    with monkeypatch.context() as patch:  # before a table of them fills the memory
+        patch.setattr(table, "_MOST_CELLS", 20)
+        with pytest.raises(UserError, match="which would be 3 if ' ' separated them"):
+            load(config)
     config.table.separator = " "
     assert load(config).train.notes == () and load(config).train.labels.sum() == 12
 

@@ -309,8 +309,14 @@ def _decode_bmp(data: tf.Tensor, head: tf.Tensor) -> tf.Tensor:
         (header_size >= 40) & is_plain & ((bits == 8) | (bits == 24) | (bits == 32)),
         "a BMP file with compression or of an unusual depth",
     )
+    # What some programs write behind the pixels TensorFlow refuses.
+    bits_wide = _little(head[18:22]) * tf.cast(bits, tf.int64)
+    height = _little(head[22:26])
+    rows = (bits_wide + 31) // 32 * 4 * tf.minimum(height, 2**32 - height)
     with tf.control_dependencies([check]):
-        data = tf.identity(data)
+        data = tf.strings.substr(
+            data, 0, tf.cast(_little(head[10:14]) + rows, tf.int32)
+        )
 
     def palette() -> tf.Tensor:
         # TensorFlow takes the index into the palette for a grey value.

@@ -82,7 +82,8 @@ def from_files(
             f"{where}: image file {quoted(names[absent[0]])} is missing "
             f"({len(absent)} of {len(files)} are); paths are relative to "
             f"{folder or '.'}{slash} "
-            "(data.on_error=skip or data.drop_missing=true goes on without them)"
+            "(data.drop_missing=true leaves them out, data.on_error=skip shows black "
+            "pictures in their place)"
         )
     keep = np.flatnonzero(present).tolist()
     all_there = len(keep) == len(files)

@@ -107,8 +107,10 @@ def _traits(data: bytes, name: str) -> list[str]:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, info = image.format, image.mode, image.info
             is_jpeg = kind in ("JPEG", "MPO")
-            is_animated = not is_jpeg and getattr(image, "is_animated", False)
-            turned = image.getexif().get(0x0112, 1) if is_jpeg else 1
+            # An animated WebP file is unreadable, and named as such.
+            is_animated = kind == "GIF" and getattr(image, "is_animated", False)
+            has_exif = is_jpeg or kind in ("PNG", "WEBP")
+            turned = image.getexif().get(0x0112, 1) if has_exif else 1
     except Exception:  # PIL raises anything for damaged files
         return []
     ending = os.path.splitext(name)[1].lower()

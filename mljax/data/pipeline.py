@@ -177,6 +177,8 @@ def _stream(
             if data_config.on_error == "stop" and reasons:
                 first, reason = next(iter(reasons.items()))
                 more = ", raise data.max_pixels" if "data.max_pixels" in reason else ""
+                if data_config.name == "shards":
+                    more = " and write the shards into a new folder" + more
                 raise UserError(
                     f"{source.names[first]}: cannot be read ({reason}); replace it"
                     f"{more} or set data.on_error=skip (without it on the list it is a "
@@ -274,7 +276,7 @@ def _images(
     options.threading.max_intra_op_parallelism = 1
     images = tf.data.Dataset.range(start, 2**62 if stop is None else stop)
     images = images.flat_map(of_step)
-    if reads > threads:
+    if reads != threads:
         images = images.map(
             lambda index, draws: (index, load.fetch(index), draws),
             num_parallel_calls=reads,

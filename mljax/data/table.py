@@ -39,6 +39,7 @@ _VALUES = {
 }
 _EMPTY = {"absent": 0, "unknown": -1}
 _DELIMITERS = {"tab": "\t"}
+_MOST_CELLS = 10**9  # of a table of labels that are most likely none
 _SEPARATORS = (",", ";", "|", "/", " ")  # that people put between labels
 
 
@@ -226,25 +227,28 @@ def _from_lists(
         at = _column(table, options.image, "data.table.image")
         images = [os.path.normpath(cells[at].strip()) for _, cells in table.rows]
         first = {name: i for i, name in reversed(list(enumerate(images)))}
-        labels = np.zeros((len(rows), len(class_names)), np.int8)
+        keep = sorted(first.values())
+        place = {images[i]: at for at, i in enumerate(keep)}
+        notes = _other_separator(class_names, separator)
+        if notes and len(keep) * len(class_names) > _MOST_CELLS:
+            raise UserError(f"{table.path}: {notes[0]}")
+        labels = np.zeros((len(keep), len(class_names)), np.int8)
         objects = np.zeros(labels.shape, np.uint16)
         # Positives last: they win over unknown.
         for name, found in zip(images, rows, strict=True):
             for names in found[1:]:
-                labels[first[name], [column[name] for name in names]] = -1
+                labels[place[name], [column[name] for name in names]] = -1
         for name, found in zip(images, rows, strict=True):
             for label in found[0]:
-                labels[first[name], column[label]] = 1
-                objects[first[name], column[label]] += 1
-        keep = sorted(first.values())
-        notes = _other_separator(class_names, separator)
+                labels[place[name], column[label]] = 1
+                objects[place[name], column[label]] += 1
         if again := len(rows) - len(keep):
             notes.append(
                 f"{again} lines name an image again: their labels are added to it"
             )
         table = table._replace(rows=[table.rows[i] for i in keep])
         sources[split] = _source(
-            data_config, split, table, class_names, labels[keep], objects[keep], notes
+            data_config, split, table, class_names, labels, objects, notes
         )
     return sources
 

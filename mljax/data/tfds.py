@@ -127,7 +127,9 @@ def _read_split(
     for example, place in found:
         rows.add(example)
         names.append(
-            example[name_key].decode() if name_key else f"{name} {split} {len(names)}"
+            example[name_key].decode("utf-8", "surrogateescape")
+            if name_key
+            else f"{name} {split} {len(names)}"
         )
         if place is None:
             encoded.append(example[image_key])
