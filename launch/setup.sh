@@ -4,10 +4,13 @@
 unset CDPATH # or cd may go elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
+fits() { # TensorFlow has no packages for 3.14
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+}
 if ! .venv/bin/python -c 'import sys' 2>/dev/null; then
     base=${PYTHON:-python3}
-    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        echo "error: mljax needs Python 3.11 or newer as $base; name one: PYTHON=python3.12 bash $0" >&2
+    if ! fits "$base"; then
+        echo "error: mljax needs Python 3.11, 3.12 or 3.13 as $base; name one: PYTHON=python3.12 bash $0" >&2
         exit 1
     fi
     "$base" -m venv .venv || {
@@ -17,8 +20,12 @@ if ! .venv/bin/python -c 'import sys' 2>/dev/null; then
     }
 fi
 python=$PWD/.venv/bin/python
+if ! fits "$python"; then
+    echo "error: .venv has $("$python" --version), and mljax needs 3.11, 3.12 or 3.13; remove .venv and start again: PYTHON=python3.12 bash $0" >&2
+    exit 1
+fi
 # A first start that was cut short leaves a Python without pip; so does uv.
-if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
+if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip --default-pip >/dev/null 2>&1; then
     echo "error: .venv has no pip; remove .venv and start again" >&2
     exit 1
 fi

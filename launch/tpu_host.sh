@@ -10,7 +10,7 @@ make_venv() {
     rm -rf .venv # of an installation that was cut short
     local python
     for python in python3.13 python3.12 python3.11 python3; do
-        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             "$python" -m venv .venv && return
             rm -rf .venv
         fi
@@ -31,7 +31,7 @@ running() { # the number of the loop around the run, if it is there
 case "${1:-}" in
     install)
         [ -x .venv/bin/pip ] || make_venv
-        .venv/bin/pip install --quiet --editable ".[tpu]"
+        .venv/bin/pip install --quiet --editable ".[tpu,hub]"
         ;;
     start)
         shift

@@ -2,7 +2,11 @@
 
 import errno
 import os
+import shlex
 import sys
+
+# With the Python that runs, which a shell may call by another name.
+PIP = f"{shlex.quote(sys.executable)} -m pip install"
 
 
 class UserError(ValueError):

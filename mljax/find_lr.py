@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from mljax import config as configs
 from mljax import main as program
 from mljax import memory, workdir
-from mljax.errors import UserError
+from mljax.errors import PIP, UserError
 
 RESULT = "learning_rate.json"
 LOCK = "search.json"  # not config.json: this is no work directory of a training run
@@ -206,8 +206,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.method == "tpe" and importlib.util.find_spec("optuna") is None:
         raise UserError(
-            "--method=tpe needs Optuna: python -m pip install optuna (the extra "
-            "`search` of mljax), or use --method=range"
+            f"--method=tpe needs Optuna: {PIP} optuna (the extra `search` of mljax), "
+            "or use --method=range"
         )
     from mljax import lr_search  # late: what it imports takes seconds
 

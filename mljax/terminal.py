@@ -95,6 +95,8 @@ class Terminal:
             f"parameters, loss {self.config.loss.name}, "
             f"{run.mesh.size} x {device.device_kind}"
         )
+        if not self.config.init_from:
+            self.say("weights: random at first (config.init_from names others)")
         for note in notes:
             self.say(f"weights: {note}")
         rates = finetune.report(params, self.config.optim)

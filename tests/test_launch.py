@@ -318,7 +318,7 @@ def test_a_local_process_that_dies_at_once(tmp_path):
 def check_devices(command: str, devices: int) -> None:
     """A run with these flags can be shared by so many devices."""
     name = re.search(r"--config[= ](\S+)", command)[1]
-    config = configs.load(name)
+    config = configs.load(*name.split(":"))
     for key, value in re.findall(r"--config\.(\S+?)=(\S+)", command):
         configs.override(config, key, value)
     configs.validate(config)
@@ -368,3 +368,22 @@ def test_gke_jobsets():
     assert env["JAX_COORDINATOR_ADDRESS"].startswith(f"{host}:")
     assert env["JAX_NUM_PROCESSES"] == str(job["template"]["spec"]["parallelism"])
     assert "JAX_PROCESS_ID" in env
+
+
+@pytest.mark.parametrize("where", [".venv/bin/python", "other"])
+def test_a_python_without_tensorflow_is_refused(tmp_path, where):
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    python = tmp_path / where
+    python.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["#!/bin/sh", 'case "$*" in', "*version_info*) exit 1 ;;"]
+    python.write_text("\n".join([*lines, "*--version*) echo Python 3.14.0 ;;", "esac"]))
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch" / "test.sh")],
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    words = "Python 3.14.0, and mljax needs" if where != "other" else "3.13 as "
+    assert done.returncode == 1 and words in done.stderr
+    assert "PYTHON=python3.12" in done.stderr and "\n" not in done.stderr.strip()

@@ -22,6 +22,9 @@ from mljax.data import files
 from mljax.data.source import Source
 from mljax.errors import UserError
 
+# What lies in the folder of a data set as its makers publish it.
+_PUBLISHED = ("annotations", "ImageSets", "ImageList", "train_list_500.txt")
+
 
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
     """The files data.root/data.train and data.root/data.val as sources.
@@ -67,7 +70,11 @@ def read(
 
 def _parse(path: str) -> tuple[list, list]:
     """The sorted classes and the images of a file, with every form checked."""
-    content = files.read_json(path, "set data.root to the folder of annotation files")
+    advice = "set data.root to the folder of annotation files"
+    folder = os.path.dirname(path)
+    if any(os.path.exists(os.path.join(folder, name)) for name in _PUBLISHED):
+        advice += ", or name the set as published: --config configs/coco.py:original"
+    content = files.read_json(path, advice)
     if not isinstance(content, dict) or not {"classes", "images"} <= content.keys():
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(

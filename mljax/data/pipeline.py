@@ -309,7 +309,7 @@ def _one_by_one(
     pictures, reasons = [], {}
     for i, draws in zip(*rows, strict=True):
         try:
-            picture = decode.patiently(lambda i=i, draws=draws: load(i, draws))
+            picture = decode.patiently(functools.partial(load, i, draws))
         except decode.AWAY as error:
             raise UserError(
                 f"{names[i]}: cannot be read now ({decode.reason(error)}): is its disk "
@@ -322,8 +322,8 @@ def _one_by_one(
             sides = [(0, rest[0]), (0, rest[1]), (0, 0)]
             picture["image"] = np.pad(picture["image"], sides)
         pictures.append(picture)
-    names = pictures[0]
-    return {name: np.stack([p[name] for p in pictures]) for name in names}, reasons
+    stacked = {name: np.stack([p[name] for p in pictures]) for name in pictures[0]}
+    return stacked, reasons
 
 
 def num_cpus() -> int:

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from mljax.data.decode import reason
 from mljax.data.shards import RECORD_OVERHEAD, read_record
-from mljax.errors import UserError
+from mljax.errors import PIP, UserError
 
 
 class Place(NamedTuple):
@@ -128,7 +128,7 @@ class ArrayRecords:
         except ImportError:
             raise UserError(
                 f"{builder.info.full_name}: lies in ArrayRecord files; "
-                "`pip install array_record` reads them"
+                f"`{PIP} array_record` reads them"
             ) from None
 
     def examples(

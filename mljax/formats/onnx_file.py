@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from mljax.errors import UserError
+from mljax.errors import PIP, UserError
 from mljax.formats.program import INPUT, OUTPUTS, Program, check
 
 OPSET = 18  # known to ONNX Runtime 1.14, OpenVINO 2023 and TensorRT 8.6, and all since
 _ABOUT = "mljax"
-INSTALL = "pip install '.[export]' && pip install --no-deps jax2onnx==0.17.1"
+INSTALL = f"{PIP} '.[export]' && {PIP} --no-deps jax2onnx==0.17.1"
 
 
 def write(program: Program, path: Path) -> None:
@@ -58,7 +58,7 @@ def describe(model: Any, about: dict[str, Any]) -> None:
 
 def read(path: Path) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
     """Runs it in ONNX Runtime, on the CPU."""
-    ort = require("onnxruntime")
+    ort = require("onnxruntime", f"{PIP} onnxruntime")  # reading needs no more
     options = ort.SessionOptions()
     options.log_severity_level = 3  # it warns of shapes that it then infers itself
     # Weights of 8 bits are expanded once, when the file is read, not at every call.
@@ -96,12 +96,12 @@ def require_all() -> tuple[ModuleType, ModuleType]:
         return require("onnx"), require("jax2onnx")
 
 
-def require(name: str) -> ModuleType:
+def require(name: str, install: str = INSTALL) -> ModuleType:
     """A package that only ONNX needs. Raises UserError, with how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{error}: ONNX needs more packages: {INSTALL}") from None
+        raise UserError(f"{error}: ONNX needs more packages: {install}") from None
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mljax.errors import UserError
+from mljax.errors import PIP, UserError
 
 PREFIX = "hf://"
 FILE = "model.safetensors"
@@ -32,7 +32,7 @@ def fetch(name: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise UserError(
-            f"{name}: needs huggingface_hub; pip install huggingface_hub, {elsewhere}"
+            f"{name}: needs huggingface_hub; {PIP} huggingface_hub, {elsewhere}"
         ) from error
     try:
         return Path(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mljax import whole
-from mljax.errors import UserError
+from mljax.errors import PIP, UserError
 
 # Where training scripts put the weights, best first. An average (EMA) is what they
 # evaluate, and what timm itself loads.
@@ -168,7 +168,6 @@ def _torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"weights {path}: .pth needs torch; pip install torch, or use a "
-            ".safetensors file"
+            f"weights {path}: .pth needs torch; {PIP} torch, or use a .safetensors file"
         ) from error
     return torch

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mljax import main as program
 from mljax import memory
-from mljax.errors import UserError
+from mljax.errors import PIP, UserError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -164,7 +164,7 @@ def _require() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{error}: serving needs more packages: pip install '.[serve]' in the "
+            f"{error}: serving needs more packages: {PIP} '.[serve]' in the "
             "folder of mljax"
         ) from None
 
