@@ -309,7 +309,7 @@ def _one_by_one(
     pictures, reasons = [], {}
     for i, draws in zip(*rows, strict=True):
         try:
-            picture = decode.patiently(functools.partial(load, i, draws))
+            picture = decode.patiently(functools.partial(load.__call__, i, draws))
         except decode.AWAY as error:
             raise UserError(
                 f"{names[i]}: cannot be read now ({decode.reason(error)}): is its disk "
