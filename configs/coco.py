@@ -18,6 +18,10 @@ images without any label are left out of both (40,137 of val2014 stay).
 | tresnet_v2_l,ml_decoder,asl    | 90.1          | tresnet_v2_l.miil_in21k   |
 | tresnet_l,linear,asl           | 86.6          | tresnet_l.miil_in1k       |
 
+The paper's own settings for TResNet-L begin from weights that the authors of ML-Decoder
+trained on Open Images (tresnet_l_pretrain_ml_decoder.pth), which timm does not have:
+from those of ImageNet-21k the figures of these rows may be out of reach.
+
 The last two are what the paper compares itself with: the loss asl, with AdamW and
 without SAM. Other backbones and heads can be named too (mobilenetv3_large_100 with the
 weights mobilenetv3_large_100.miil_in21k, tf_efficientnetv2_m, resnet101; linear, gcn,

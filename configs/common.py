@@ -140,6 +140,9 @@ def get_config(arg: str = "") -> ConfigDict:
     model.pool = "avg"  # avg | max | avg+max
     model.dropout = 0.0  # before the classifier
     model.drop_path = 0.0  # stochastic depth in the backbone: rate of the last block
+    # tresnet_*: the blocks of the last stage end in a PReLU. Those of tresnet_v2_l do
+    # in the paper's code with aam.
+    model.prelu = False
     # BatchNorm takes its statistics over the whole batch (1) or over each of so many
     # equal parts; as many as there are devices: each device over its own images.
     model.batch_norm_groups = 1

@@ -73,6 +73,8 @@ def _of_data(config: ConfigDict) -> Iterator[Check]:
 def _of_model(config: ConfigDict) -> Iterator[Check]:
     counting = "counting (adjacency = '')"
     yield "model.graph.by_occurrences", not config.model.graph.adjacency, counting
+    is_tresnet = config.model.backbone.startswith("tresnet")
+    yield "model.prelu", is_tresnet, "config.model.backbone = tresnet_m, tresnet_l, ..."
 
 
 def _of_optim(config: ConfigDict) -> Iterator[Check]:

@@ -114,7 +114,9 @@ def _settings(
     args: argparse.Namespace, backbone: str, tensors: dict[str, Any]
 ) -> tuple[ConfigDict, int]:
     """The config that describes the weights, and their number of classes."""
-    from mljax.models import paper_names
+    import numpy as np
+
+    from mljax.models import paper_names, tresnet_abn
 
     head = args.head or "linear"
     found = paper_names.head_of(tensors)
@@ -130,6 +132,8 @@ def _settings(
         raise UserError(f"--loss {loss}: {args.source} {kind}")
     config = configs.common()
     config.model.backbone, config.model.head, config.loss.name = backbone, head, loss
+    slopes = [v for k, v in tensors.items() if tresnet_abn.is_slope(k)]
+    config.model.prelu = any(map(np.any, slopes))
     if head in config.model:
         config.model[head].update(sizes)
     if head in ("gcn", "gat"):

@@ -151,6 +151,8 @@ def recipe(
     config.model.head = chosen.get("head", next(iter(HEADS)))
     config.loss.name = chosen.get("loss", next(iter(LOSSES)))
     LOSSES[config.loss.name](config)
+    aam = config.loss.name == "aam"
+    config.model.prelu = aam and config.model.backbone == "tresnet_v2_l"
     config.data.expected.update(counts._asdict())
     variant = [config.model.backbone, config.model.head]
     variant += [config.loss.name] if config.loss.name != "aam" else []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mljax import config, images, pictures
+from mljax import config, images, pictures, resizing
 
 
 def dense(length: int, size: int, kind: str) -> np.ndarray:
@@ -26,10 +26,10 @@ def dense(length: int, size: int, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["bilinear", "wide", "area"])
 def test_weights_of_every_size(kind, monkeypatch):
-    monkeypatch.setattr(images, "_BLOCK", 64)  # rows come in several blocks
+    monkeypatch.setattr(resizing, "_BLOCK", 64)  # rows come in several blocks
     sizes = [(a, b) for a in range(1, 24) for b in range(1, 24)]
     for length, size in [*sizes, (1000, 224), (224, 1000), (997, 31)]:
-        found = images._new_weights(length, size, kind).toarray()
+        found = resizing._new_weights(length, size, kind).toarray()
         np.testing.assert_allclose(found, dense(length, size, kind), rtol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_a_picture_for_which_there_is_no_memory(monkeypatch):
     def refuse(*_):
         raise MemoryError
 
-    monkeypatch.setattr(images, "_weights", refuse)
+    monkeypatch.setattr(resizing, "_weights", refuse)
     with pytest.raises(images.UnreadableImage, match="too little memory"):
         images.load(np.zeros((5, 5, 3), np.uint8), config.common().data)
 

@@ -166,6 +166,25 @@ def test_a_classifier_of_as_many_other_classes_starts_anew(
                 np.testing.assert_array_equal(found[name], expected[name], name)
 
 
+def test_a_tresnet_of_the_paper_keeps_its_slopes(tmp_path, capsys):
+    model = model_of("tresnet", "ml_decoder", "aam", 7)
+    state = import_torch.export(model)
+    slopes = [f"body.layer4.{i}.relu.weight" for i in range(1)]
+    assert not {*slopes} & {*state}
+    for value, kept in ((0.3, True), (0.0, False)):
+        name = f"slope {value}"
+        file, to = tmp_path / f"{name}.safetensors", tmp_path / name
+        save_file(state | {n: np.full(1, value, np.float32) for n in slopes}, file)
+        flags = "--model", "tresnet", "--from", file, "--to", to, "--loss", "aam"
+        assert "7 classes" in call(capsys, *flags, "--head", "ml_decoder")
+        found, about = pretrained.restore(to)
+        assert about["config"]["model"]["prelu"] == kept
+        back = import_torch.export(found)
+        assert {*slopes} <= {*back} if kept else not {*slopes} & {*back}
+        if kept:
+            assert back[slopes[0]] == np.float32(value)
+
+
 def test_classes_that_are_called_by_numbers(tmp_path, capsys):
     """Numbers that nobody gave are no names; the labels of a run may be numbers."""
     numbers = [str(i) for i in range(7)]

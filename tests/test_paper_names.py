@@ -160,19 +160,26 @@ def test_round_trip_to_the_same_bits(name, cosine, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("cosine", [True, False])
-def test_tresnet_round_trip(cosine):
+@pytest.mark.parametrize(
+    ("cosine", "prelu"), [(True, False), (True, True), (False, False)]
+)
+def test_tresnet_round_trip(cosine, prelu):
     """Not to the same bits: |w| + 1e-5 is rounded."""
-    part = TINY["tresnet"](rngs=nnx.Rngs(1))
+    part = TINY["tresnet"](rngs=nnx.Rngs(1), prelu=prelu)
     model = linear_on(part, cosine, 7)
     there = to_paper("tresnet_v2_l", model)
     assert there["head.fc.weight"].shape == ((32 * 8, 7) if cosine else (7, 32 * 8))
-    assert ("body.layer4.2.relu.weight" in there) == cosine
-    other = linear_on(TINY["tresnet"](rngs=nnx.Rngs(2)), cosine, 7)
+    assert ("body.layer4.0.relu.weight" in there) == cosine
+    other = linear_on(TINY["tresnet"](rngs=nnx.Rngs(2), prelu=prelu), cosine, 7)
     assert import_torch.load(other, there) == []
     for key, value in export(model).items():
         np.testing.assert_allclose(export(other)[key], value, rtol=0, atol=2e-5)
-    if cosine:  # a slope that was learned is another function
+    if prelu:
+        assert there["body.layer4.0.relu.weight"] == 0.25
+        there["body.layer4.0.relu.weight"] = np.full(1, 0.35, np.float32)
+        import_torch.load(other, there)
+        assert export(other)["body.layer4.0.relu.weight"] == np.float32(0.35)
+    elif cosine:  # a slope that was learned is another function
         there["body.layer4.1.relu.weight"] += 0.1
         with pytest.raises(UserError, match=r"unexpected: body.layer4.1.relu.weight$"):
             import_torch.load(other, there)

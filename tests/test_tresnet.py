@@ -21,7 +21,7 @@ from golden_weights import golden_weights
 from jax import lax
 
 from mljax.errors import UserError
-from mljax.models import import_torch, tresnet, tresnet_abn
+from mljax.models import Classifier, build_head, import_torch, tresnet, tresnet_abn
 
 GAIN = 1.3
 ORIGINAL = "ref_TResNetL"  # the PyTorch implementation's v2-L, with InPlace-ABN
@@ -151,3 +151,45 @@ def test_space_to_depth():
     assert pixels[0, 1, 0, (4 * 2 + 3) * 3 + 1] == images[0, 4 + 2, 3, 1]
     with pytest.raises(UserError, match="divisible by 4, not 10 x 8"):
         tresnet.space_to_depth(jnp.zeros((1, 10, 8, 3)))
+
+
+def tiny(**options) -> tresnet.TResNet:
+    return tresnet.TResNet((1, 1, 1, 2), width=8, rngs=nnx.Rngs(0), **options)
+
+
+def test_slopes_of_the_last_stage():
+    """Of 0 they are ReLU's; else the values below 0 are multiplied."""
+    plain, learned = tiny(), tiny(prelu=True)
+    blocks = (getattr(learned.body.layer4, name) for name in "01")
+    slopes = [block.relu.weight for block in blocks]
+    assert [slope[...].tolist() for slope in slopes] == [[0.25], [0.25]]
+    pixels = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+    for slope in slopes:
+        slope[...] = jnp.zeros(1)
+    for network in (plain, learned):  # so that there are values below 0
+        bias = getattr(network.body.layer4, "1").conv3.bn.bias
+        bias[...] = jnp.full(bias.shape, -1.0)
+    np.testing.assert_array_equal(learned(pixels), plain(pixels))
+    slopes[1][...] = jnp.full(1, 0.5)
+    found, expected = learned(pixels), plain(pixels)
+    np.testing.assert_array_equal(jnp.maximum(found, 0), expected)
+    below = found[expected == 0]
+    slopes[1][...] = jnp.full(1, -1.0)
+    np.testing.assert_allclose(learned(pixels)[expected == 0], -2 * below, rtol=1e-6)
+    assert (below < 0).any()
+
+
+def test_weights_with_slopes_and_without():
+    def classifier(prelu: bool, seed: int) -> Classifier:
+        part = tresnet.TResNet((1, 1, 1, 2), width=8, prelu=prelu, rngs=nnx.Rngs(seed))
+        head = build_head("linear", part.num_features, 3, rngs=nnx.Rngs(seed))
+        return Classifier(part, head)
+
+    names = "body.layer4.0.relu.weight, body.layer4.1.relu.weight"
+    plain, learned = classifier(False, 1), classifier(True, 2)
+    notes = import_torch.load_pretrained(learned, import_torch.export(plain))
+    assert notes == [f"not in the weights, starts anew: {names}"]
+    same = classifier(True, 3)
+    assert import_torch.load_pretrained(same, import_torch.export(learned)) == []
+    (note,) = import_torch.load_pretrained(plain, import_torch.export(learned))
+    assert note == f"in the weights, not used by this model: {names}"

@@ -116,12 +116,15 @@ def build_model(
     graph: for the heads "gcn" and "gat", whose constants it becomes; without it they
       have placeholders, to be replaced by those of a checkpoint.
     """
+    is_tresnet = model_config.backbone.startswith("tresnet")
+    own = {"prelu": True} if model_config.prelu and is_tresnet else {}
     backbone: Any = build_backbone(
         model_config.backbone,
         rngs=rngs,
         dtype=dtype,
         drop_path=model_config.drop_path,
         remat=model_config.remat,
+        **own,
     )
     name = model_config.head
     options: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from mljax.errors import UserError
-from mljax.models import Classifier, paper_names
+from mljax.models import Classifier, paper_names, tresnet_abn
 from mljax.models.batch_norm import BatchNorm
 from mljax.models.layers import Linear
 from mljax.models.linear import LinearHead
@@ -88,9 +88,10 @@ def match(
 ) -> tuple[list[str], list[str]]:
     """Which tensors of `given` to start from, and a note on each thing left out.
 
-    The backbone must be complete. A last layer of another kind or other classes is
-    left as it is, and so are parts of the head that the other one does not have or
-    has in another shape, except `conv_head`, which belongs to timm's last layer.
+    The backbone must be complete, but for the slopes of TResNet's PReLUs. A last layer
+    of another kind or other classes is left as it is, and so are parts of the head that
+    the other one does not have or has in another shape, except `conv_head`, which
+    belongs to timm's last layer.
 
     Args:
       wanted: name -> shape of what the model has.
@@ -116,17 +117,20 @@ def match(
     of_timm = any(name.startswith("classifier.") for name in other)
 
     def may_differ(name: str) -> bool:
+        if tresnet_abn.is_slope(name):
+            return True
         return in_head(name) and not (of_timm and name.startswith("conv_head."))
 
     anew = [n for n in wanted if n not in given and may_differ(n)]
-    unused = [n for n in given if n not in wanted and in_head(n)]
+    slopes = {n for n in given if tresnet_abn.is_slope(n)}
+    unused = [n for n in given if n not in wanted and (in_head(n) or n in slopes)]
     reshaped = [
         n for n in wanted if n in given and wanted[n] != given[n] and may_differ(n)
     ]
     for names, what in (
         (anew, "not in the weights, starts anew"),
         (reshaped, "of another shape in the weights, starts anew"),
-        (unused, "in the weights, not used by this head"),
+        (unused, "in the weights, not used by this model"),
     ):
         if names:
             notes.append(f"{what}: {', '.join(names)}")

@@ -164,7 +164,8 @@ def to_paper(
         inside = tresnet_abn.to_original(inside)
     if own:
         inside |= _under(last, scores)
-        if angular:  # PReLU in the last stage; with a slope of 0 it is ReLU
+        if angular and not any(map(tresnet_abn.is_slope, inside)):
+            # PReLU in the last stage; with a slope of 0 it is ReLU.
             inside |= {f"body.layer4.{i}.relu.weight": _zeros(1) for i in range(3)}
     else:
         if hidden:

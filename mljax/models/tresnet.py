@@ -22,7 +22,7 @@ from mljax.errors import UserError
 from mljax.models import tresnet_abn
 from mljax.models.batch_norm import Activation, BatchNorm
 from mljax.models.blocks import Blocks, residual
-from mljax.models.layers import Conv, constant, relu
+from mljax.models.layers import Conv, PReLU, constant, relu
 
 EXPANSION = 4  # channels that leave a bottleneck over those inside it
 STEM_SLOPE, SLOPE = 1e-2, 1e-3  # leaky ReLU's, below zero
@@ -210,6 +210,7 @@ class Bottleneck(nnx.Module):
         halving: bool,
         squeeze: bool,
         drop_path: float,
+        prelu: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -230,6 +231,7 @@ class Bottleneck(nnx.Module):
         )
         self.conv3 = ConvBn(channels, outputs, 1, dtype=dtype, rngs=rngs)
         self.conv3.start_at_zero()
+        self.relu = PReLU(dtype=dtype) if prelu else None
         self.drop_path = drop_path
 
     def __call__(
@@ -241,7 +243,8 @@ class Bottleneck(nnx.Module):
         y = self.conv3(y, train)
         if self.downsample is not None:
             x = self.downsample(x, train)
-        return relu(residual(x, y, self.drop_path, train, rngs))
+        x = residual(x, y, self.drop_path, train, rngs)
+        return relu(x) if self.relu is None else self.relu(x)
 
 
 class Body(nnx.Module):
@@ -253,6 +256,7 @@ class Body(nnx.Module):
         width: int,
         bottlenecks: bool,
         *,
+        prelu: bool,
         drop_path: float,
         remat: bool,
         dtype: DTypeLike,
@@ -263,6 +267,7 @@ class Body(nnx.Module):
         inputs = width
         for stage, depth in enumerate(depths):
             kind = Bottleneck if bottlenecks or stage >= 2 else BasicBlock
+            options = {"prelu": True} if prelu and stage == 3 else {}
             row = []
             for i in range(depth):
                 block = kind(
@@ -273,6 +278,7 @@ class Body(nnx.Module):
                     drop_path=next(rates),
                     dtype=dtype,
                     rngs=rngs,
+                    **options,
                 )
                 row.append(block)
                 inputs = width * 2**stage * kind.expansion
@@ -296,6 +302,8 @@ class TResNet(nnx.Module):
       depths: blocks in each of the four stages.
       width: channels of the stem.
       bottlenecks: in the first two stages as well (v2).
+      prelu: the blocks of the last stage end in a PReLU, not in a ReLU: as in the
+        paper's implementation with AAM.
       drop_path: stochastic depth. The rate grows from 0 for the first block to this
         one for the last.
       remat: compute blocks again in the backward pass instead of keeping them.
@@ -311,6 +319,7 @@ class TResNet(nnx.Module):
         *,
         width: int = 64,
         bottlenecks: bool = False,
+        prelu: bool = False,
         drop_path: float = 0.0,
         remat: bool = False,
         dtype: DTypeLike = jnp.float32,
@@ -320,12 +329,13 @@ class TResNet(nnx.Module):
             depths,
             width,
             bottlenecks,
+            prelu=prelu,
             drop_path=drop_path,
             remat=remat,
             dtype=dtype,
             rngs=rngs,
         )
-        self.num_features = width * 8 * EXPANSION
+        self.num_features, self.prelu = width * 8 * EXPANSION, prelu
 
     def __call__(
         self, images: jax.Array, train: bool = False, rngs: nnx.Rngs | None = None
@@ -335,8 +345,10 @@ class TResNet(nnx.Module):
     def adapt(self, state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Also takes the original's checkpoints, in torch's layout."""
         if tresnet_abn.is_original(state_dict):
-            return tresnet_abn.from_original(state_dict)
-        return state_dict
+            state_dict = tresnet_abn.from_original(state_dict)
+        if self.prelu:
+            return state_dict
+        return tresnet_abn.without_zero_slopes(state_dict)  # they are those of ReLU
 
 
 def tresnet_m(**options) -> TResNet:

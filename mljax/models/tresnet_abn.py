@@ -13,7 +13,17 @@ from collections.abc import Mapping
 import numpy as np
 
 EPS = 1e-5
-_PRELU = re.compile(r"body\.layer4\.\d+\.relu\.weight")
+_SLOPE = re.compile(r"body\.layer4\.\d+\.relu\.weight")
+
+
+def is_slope(name: str) -> bool:
+    """Whether this is of a PReLU of the last stage, which timm's TResNet lacks."""
+    return _SLOPE.fullmatch(name) is not None
+
+
+def without_zero_slopes(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the slopes of PReLUs that are 0, and so those of ReLU."""
+    return {k: v for k, v in state_dict.items() if not is_slope(k) or np.any(v)}
 
 
 def is_original(state_dict: Mapping[str, np.ndarray]) -> bool:
@@ -22,15 +32,9 @@ def is_original(state_dict: Mapping[str, np.ndarray]) -> bool:
 
 
 def from_original(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """timm's names and BatchNorm weights for an original state dict, same function.
-
-    The paper's own TResNet-L has, with AAM, a PReLU after each block of the last stage;
-    where its slope is 0 it is the ReLU that is here.
-    """
+    """timm's names and BatchNorm weights for an original state dict, same function."""
     renamed = {}
     for name, value in state_dict.items():
-        if _PRELU.fullmatch(name) and not np.any(value):
-            continue
         name = re.sub(r"(conv\d)\.0\.([01])\.", r"\1.\2.", name)  # before a blur
         name = re.sub(r"(conv\d|downsample\.\d)\.0\.", r"\1.conv.", name)
         name = re.sub(r"(conv\d|downsample\.\d)\.1\.", r"\1.bn.", name)
