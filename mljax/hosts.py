@@ -48,6 +48,7 @@ def together(
 
     Raises:
         UserError: the others cannot be found, or have other settings.
+        Stopped: not all have connected; another start may do better.
     """
     _start(args, config)
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
@@ -155,7 +156,11 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
     except RuntimeError as error:
         if not given and method is None and "before any JAX calls" in str(error):
             return  # a program that has computed something already: it is alone
-        raise UserError(f"{late} ({_short(error)}): {hint}") from error
+        if "INVALID_ARGUMENT" in str(error):
+            raise UserError(f"{late} ({_short(error)}): {hint}") from error
+        # One died meanwhile, or what it held is not free yet.
+        failed = f"error: no connection of all processes at {address}"
+        raise Stopped(f"{failed} ({_short(error)}): {hint}", RESTART) from error
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from runs import TINY, load, run, same_results
 
 from mljax import config as configs
 from mljax import hosts, preemption
-from mljax.errors import UserError
+from mljax.errors import Stopped, UserError
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="finds processes through /proc"
@@ -124,6 +124,29 @@ def test_wrong_addresses(flags, words, monkeypatch):
     monkeypatch.setattr(hosts.jax._src.xla_bridge, "_backends", {})
     with pytest.raises(UserError, match=words), hosts.together(args, config, {}):
         pass
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("UNAVAILABLE: Socket closed", Stopped),
+        ("ABORTED: connected with a different incarnation", Stopped),
+        ("INVALID_ARGUMENT: unexpected task", UserError),
+    ],
+)
+def test_a_start_that_fails_is_tried_again(said, kind, monkeypatch):
+    def fail(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
+    given = dict(coordinator="a:1", num_processes=2, process_id=0)
+    args = argparse.Namespace(**given, cluster="auto", mode="eval")
+    with (
+        pytest.raises(kind, match=said) as failed,
+        hosts.together(args, configs.common().hosts, {}),
+    ):
+        pass
+    assert kind is UserError or failed.value.exit_code == 75
 
 
 def test_data_that_is_not_the_same_everywhere(monkeypatch):
