@@ -29,8 +29,11 @@ def evaluate_workdir(config: ConfigDict, path: str) -> dict[str, Any]:
     folder = Path(path).absolute()
     # Once: a run that goes on there may save another.
     best = Path(hosts.of_first(str(find_best(folder))))
-    changed = _compare(config, describe(best)["config"], path)
+    trained = describe(best)["config"]
+    changed = _compare(config, trained, path)
     config = config.copy_and_resolve_references()
+    # What an import found in the weights; recipes and flags need not know it.
+    config.model.prelu = configs.from_dict(trained).model.prelu
     configs.without_step(config, jax.device_count())
     val = DATASETS[config.data.name](config.data, config.seed).val
     results.need_positives(val, "val")

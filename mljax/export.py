@@ -124,9 +124,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     output = Path(args.output)
-    _check_output(args, output)
-    # Other programs compute in float32, GPUs and TPUs with fewer bits unless told.
+    # Other programs compute in float32, GPUs and TPUs with fewer bits unless told. JAX
+    # reads this when it is imported.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    _check_output(args, output)
     from mljax import backend, checkpoint, decision, predict
     from mljax.formats import FORMATS, onnx_file
     from mljax.formats.program import make

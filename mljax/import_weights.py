@@ -246,7 +246,13 @@ def _class_names(file: str | None, stored: list[str] | None, count: int) -> list
 
 def export(args: argparse.Namespace) -> None:
     """`--export --from WORKDIR --to FILE`."""
-    from mljax.models import import_torch, paper_names, pretrained, torch_files
+    from mljax.models import (
+        import_torch,
+        paper_names,
+        pretrained,
+        torch_files,
+        tresnet_abn,
+    )
 
     torch_files.check_free(args.to)
     model, about = pretrained.restore(args.source)
@@ -259,6 +265,9 @@ def export(args: argparse.Namespace) -> None:
     torch_files.write(args.to, tensors, pretrained.named_classes(about))
     classes = len(about["class_names"])
     print(f"written: {args.to}: {len(tensors)} tensors, {classes} classes")
+    slopes = [name for name in tensors if tresnet_abn.is_slope(name)]
+    if slopes and args.names != "paper":
+        print(f"note:    timm's network has no PReLU, of which are {', '.join(slopes)}")
 
 
 def run(args: argparse.Namespace) -> None:

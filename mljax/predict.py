@@ -22,7 +22,15 @@ import numpy as np
 from mljax import main as program
 from mljax import memory
 from mljax.errors import UserError, complain
-from mljax.prediction_files import FORMATS, Row, check_writable, find_images, writer
+from mljax.prediction_files import (
+    FORMATS,
+    NOT_A_NUMBER,
+    Row,
+    check_writable,
+    checked,
+    find_images,
+    writer,
+)
 from mljax.tables import count
 
 if TYPE_CHECKING:
@@ -237,12 +245,14 @@ def run(args: argparse.Namespace) -> None:
         output.begin(model.class_names)
         shown = set(np.linspace(0, len(paths) - 1, 24).astype(int)) if args.show else ()
         rows, unreadable = [], 0
-        for i, row in enumerate(model.each(paths)):
+        for i, row in enumerate(map(checked, model.each(paths))):
             named = () if row.error else model.names(row.probabilities, args.threshold)
             output.add(row, list(named))
             if row.error:
                 unreadable += 1
-                complain(f"\r{row.path}: cannot be read ({row.error})")
+                failed = row.error if row.error == NOT_A_NUMBER else "cannot be read"
+                reason = "" if failed == row.error else f" ({row.error})"
+                complain(f"\r{row.path}: {failed}{reason}")
             elif i in shown:
                 rows.append(row)
             _progress(i + 1, len(paths))

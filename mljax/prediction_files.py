@@ -39,6 +39,13 @@ class Row(NamedTuple):
     error: str
 
 
+def checked(row: Row) -> Row:
+    """The row, with an error where what the model gives is not a number."""
+    if np.isfinite(row.probabilities).all():
+        return row
+    return Row(row.path, np.zeros(0, np.float32), NOT_A_NUMBER)
+
+
 def find_images(what: str) -> list[str]:
     """The paths that `what` stands for, sorted unless a list gives their order.
 
@@ -142,8 +149,6 @@ class Writer:
     def add(self, row: Row, labels: list[str]) -> None:
         # The shortest digits that give the same float32 again: what is close to 0 or
         # 1 keeps its order.
-        if not np.isfinite(row.probabilities).all():
-            row = Row(row.path, np.zeros(0, np.float32), NOT_A_NUMBER)
         exact = row.probabilities.astype(np.float32)
         numbers: list[float | str] = [float(str(p)) for p in exact]
         self._rows += 1

@@ -47,6 +47,7 @@ FREE_KEYS = frozenset(
         "train.log_every",
         "train.max_bad_steps",
         "train.patience",  # steps stay the same; there may be more of them
+        "train.warmup_epochs",
         "profile",
         "published_mAP",
     }

@@ -137,10 +137,20 @@ def test_an_image_that_cannot_be_read_is_tried_once(tmp_path, monkeypatch):
             [True] * 4,
         ]
         assert len(tried) == 1
+    # All at once is no fault of the files: the disk may return.
+    for i in range(4):
+        os.rename(source.names[i], f"{source.names[i]}.away")
+    first, *_ = pipeline.eval_batches(source, data_config=config, batch_size=4)
+    assert not first["ok"].any() and source.unreadable == {5}
+    for i in range(4):
+        os.rename(f"{source.names[i]}.away", source.names[i])
+    first, *_ = pipeline.eval_batches(source, data_config=config, batch_size=4)
+    assert first["ok"].all()
+    tried.clear()
     part = source.take([5, 6])
     assert not part.unreadable
     (row,) = pipeline.eval_batches(part, data_config=config, batch_size=2)
-    assert list(row["ok"]) == [False, True] and len(tried) == 2
+    assert list(row["ok"]) == [False, True] and len(tried) == 1
 
 
 def test_an_error_that_passes_costs_no_image(tmp_path, monkeypatch):
@@ -169,6 +179,30 @@ def test_an_error_that_passes_costs_no_image(tmp_path, monkeypatch):
         waited.clear()
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_disk_with_errors_is_waited_for_once_a_step(tmp_path, monkeypatch, on_error):
+    config = tree(tmp_path, num_train=12)
+    config.on_error = on_error
+    waited = []
+    monkeypatch.setattr(decode.time, "sleep", waited.append)
+
+    def fail(index):
+        raise OSError(5, "Input/output error")
+
+    def encoded(index):
+        return tf.reshape(tf.numpy_function(fail, [index], tf.string), [])
+
+    source = replace(annotations.load(config)["train"], encoded=encoded)
+    rows = pipeline.eval_batches(source, data_config=config, batch_size=6)
+    if on_error == "stop":
+        with pytest.raises(UserError, match="0.png: cannot be read .*Input/output"):
+            next(rows)
+        assert waited == [1, 2]
+    else:
+        assert not any(row["ok"].any() for row in rows)
+        assert waited == [1, 2, 1, 2] and not source.unreadable
+
+
 def test_a_file_system_that_does_not_answer_ends_the_run(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(decode.time, "sleep", waited.append)
@@ -187,7 +221,7 @@ def test_a_file_system_that_does_not_answer_ends_the_run(tmp_path, monkeypatch):
     config.on_error = "skip"
     source = annotations.load(config)["train"]
     os.unlink(source.names[5])
-    monkeypatch.setattr(pipeline.decode, "patiently", lambda _: read())
+    monkeypatch.setattr(pipeline.decode, "patiently", lambda *_: read())
     with pytest.raises(
         UserError, match="read now .Network is down.: is its disk there"
     ):

@@ -70,3 +70,14 @@ def test_better_weights():
     assert better_weights(0.6, 0.6) == (0.6, "raw")
     assert better_weights(0.6, float("nan")) == (0.6, "raw")
     assert better_weights(0.6) == (0.6, "raw")
+
+
+def test_nothing_worse_than_perfect_is_best():
+    """In a run that goes on without patience."""
+    state = EarlyStopping().update(0.97, patience=3).state
+    decision = state.update(0.99995, patience=3)
+    assert decision.stop and decision.is_best
+    assert decision.state.ends(0.99995, patience=3)
+    assert not decision.state.ends(0.99995, patience=0)
+    assert not decision.state.update(0.975, patience=0).is_best
+    assert decision.state.update(0.99995, patience=0).is_best

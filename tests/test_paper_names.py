@@ -186,6 +186,12 @@ def test_tresnet_round_trip(cosine, prelu):
 
 
 def test_what_the_paper_does_not_have_is_refused(monkeypatch):
+    part = TINY["tresnet"](rngs=nnx.Rngs(1), prelu=True)
+    for name, cosine in (("tresnet_v2_l", False), ("tresnet_l", True)):
+        monkeypatch.setattr(paper_names, "_BACKBONES", ("tresnet_l", "tresnet_v2_l"))
+        with pytest.raises(UserError, match="has no PReLU"):
+            to_paper(name, linear_on(part, cosine, 7))
+    monkeypatch.undo()
     part = TINY["vit"](rngs=nnx.Rngs(0))
     model = Classifier(part, build_head("csra", 32, 7, rngs=nnx.Rngs(0)))
     with pytest.raises(UserError, match="no backbone vit_small.*resnet101"):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mljax.prediction_files import Row, find_images, writer
+from mljax import predict
+from mljax.prediction_files import Row, checked, find_images, writer
 
 
 def test_what_macos_leaves_beside_a_file_is_no_image(tmp_path):
@@ -66,8 +67,33 @@ def test_what_is_not_a_number_is_said_in_words(kind, tmp_path):
     file = tmp_path / f"out{kind}"
     with writer(str(file)) as output:
         output.begin(["cat", "dog"])
-        output.add(Row("a.jpg", np.array([0.5, np.nan], np.float32), ""), [])
+        output.add(checked(Row("a.jpg", np.array([0.5, np.nan], "f4"), "")), [])
     text = file.read_text()
     assert "a.jpg" in text and "is not a number" in text and "nan" not in text.lower()
     if kind == ".json":
         assert [*json.loads(text)[0]] == ["path", "error"]
+
+
+def test_the_program_counts_what_is_not_a_number(tmp_path, monkeypatch, capsys):
+    class Model:
+        class_names = ("cat", "dog")
+
+        def each(self, paths):
+            for path in paths:
+                p = [0.9, np.nan] if path.endswith("a.jpg") else [0.9, 0.1]
+                yield Row(path, np.array(p, np.float32), "")
+
+        def names(self, p, threshold):
+            return [n for n, x in zip(self.class_names, p, strict=True) if x > 0.5]
+
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(b"")
+    monkeypatch.setattr(predict, "load", lambda *_: Model())
+    file = tmp_path / "out.csv"
+    flags = ["--checkpoint=x", f"--images={tmp_path}", f"--output={file}"]
+    assert predict.main(flags) == 0
+    said = capsys.readouterr()
+    assert "2 images, 1 could not be read" in said.out
+    assert "a.jpg: what the model gives for it is not a number" in said.err
+    first, second = file.read_text().splitlines()[1:]
+    assert ",,," in first and "cat" not in first and ",cat,0.9,0.1," in second

@@ -97,6 +97,9 @@ def test_a_header_that_does_not_come_closes_the_connection(server, monkeypatch):
     assert 0.3 < closed_after(server, b"GET /hea") < 2
     # After an answer, too.
     assert 0.3 < closed_after(server, request + b"\r\n", b"G", pause=0.1) < 2
+    # And before a body that nobody waits for.
+    body = request + b"Content-Length: 9\r\n\r\n"
+    assert 0.3 < closed_after(server, body, b"G", pause=0.1) < 2
     # A byte now and then does not keep it.
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
         closed_after(server, *[request[i : i + 1] for i in range(30)], pause=0.2)

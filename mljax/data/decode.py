@@ -8,7 +8,7 @@ decompression bomb costs nothing. A truncated file is an error, never a grey are
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tensorflow as tf
@@ -77,26 +77,25 @@ def reason(error: tf.errors.OpError) -> str:
 
 # What a file system says that does not answer: it is no fault of the file.
 AWAY = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError)
-_OF_FILE = (
+OF_FILE = (
     tf.errors.InvalidArgumentError,
     tf.errors.NotFoundError,
     tf.errors.DataLossError,
-    tf.errors.FailedPreconditionError,
     tf.errors.PermissionDeniedError,
     tf.errors.OutOfRangeError,
     tf.errors.UnimplementedError,
 )
-_PAUSES, _FEW = (1, 2, 4, 8, 16), 2  # seconds
+PAUSES, _FEW = (1, 2, 4, 8, 16), 2  # seconds
 
 
-def patiently(read: Callable[[], T]) -> T:
+def patiently(read: Callable[[], T], pauses: Sequence[float] = PAUSES) -> T:
     """What `read` gives. It is tried again after an error that may pass: for half a
     minute where a file system is away, for some seconds after others, as where too many
     files were open."""
-    for pause in _PAUSES:
+    for pause in pauses:
         try:
             return read()
-        except _OF_FILE:
+        except OF_FILE:
             raise
         except AWAY:
             time.sleep(pause)

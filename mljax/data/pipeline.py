@@ -155,7 +155,7 @@ def _stream(
     if data_config.on_error not in ("stop", "skip"):
         raise UserError(f"data.on_error={data_config.on_error!r}: choose stop or skip")
     load = _loader(source, data_config, train)
-    unreadable = source.unreadable if data_config.on_error == "skip" else set()
+    unreadable = set(source.unreadable) if data_config.on_error == "skip" else set()
 
     def readable_rows(step: int) -> Rows:
         index, draws = rows(step)
@@ -185,6 +185,8 @@ def _stream(
                     "new run)"
                 ) from None
             unreadable.update(reasons)
+            if 2 * len(reasons) <= len(index):  # else it is the disk, which may return
+                source.unreadable.update(reasons)
             yield _batch(source, pictures, index, unreadable)
             step += 1
 
@@ -303,13 +305,20 @@ def _one_by_one(
 ) -> tuple[Batch, dict[int, str]]:
     """The pictures of a step, black where unreadable, and {index: reason} of those.
 
+    With on_error "stop" no more than one reason is looked for.
+
     Raises:
         UserError: a file system does not answer, for half a minute.
     """
-    pictures, reasons = [], {}
+    pictures: list[Batch] = []
+    reasons: dict[int, str] = {}
+    pauses: Sequence[float] = decode.PAUSES
     for i, draws in zip(*rows, strict=True):
+        if reasons and data_config.on_error == "stop":
+            i = _PADDING
         try:
-            picture = decode.patiently(functools.partial(load.__call__, i, draws))
+            read = functools.partial(load.__call__, i, draws)
+            picture = decode.patiently(read, pauses)
         except decode.AWAY as error:
             raise UserError(
                 f"{names[i]}: cannot be read now ({decode.reason(error)}): is its disk "
@@ -317,6 +326,8 @@ def _one_by_one(
             ) from None
         except tf.errors.OpError as error:
             picture, reasons[int(i)] = load(_PADDING, draws), decode.reason(error)
+            if not isinstance(error, decode.OF_FILE):
+                pauses = ()  # the next ones of this step are not waited for
         if "size" in picture:
             rest = data_config.resize_on_device - picture["size"]
             sides = [(0, rest[0]), (0, rest[1]), (0, 0)]

@@ -230,7 +230,10 @@ def _from_lists(
         keep = sorted(first.values())
         place = {images[i]: at for at, i in enumerate(keep)}
         notes = _other_separator(class_names, separator)
-        if notes and len(keep) * len(class_names) > _MOST_CELLS:
+        too_many = (
+            len(keep) * len(class_names) > _MOST_CELLS and not data_config.classes
+        )
+        if notes and too_many and notes[0].startswith(f"{len(class_names)} labels"):
             raise UserError(f"{table.path}: {notes[0]}")
         labels = np.zeros((len(keep), len(class_names)), np.int8)
         objects = np.zeros(labels.shape, np.uint16)

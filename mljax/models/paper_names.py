@@ -178,6 +178,11 @@ def to_paper(
             inside |= _under(last, logits if angular else scores)
         if not isinstance(model.head, MLDecoder):
             inside |= _under("classifier", scores)
+    if any(map(tresnet_abn.is_slope, inside)) and not (own and angular):
+        raise UserError(
+            "the paper's implementation has no PReLU (config.model.prelu) in this "
+            "network: it has them in tresnet_v2_l with the loss aam; use --names timm"
+        )
     outside = dict(head)
     if linear:  # conv_head and act2 that are used
         inside |= {k: v for k, v in head.items() if not k.startswith("classifier.")}

@@ -1,6 +1,7 @@
 """What a work directory holds, and its best weights on the validation images."""
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,14 @@ def gather(
     def attempt(what: str, job: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return job()
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            BadZipFile,
+            zlib.error,
+        ) as error:
             reason = " ".join(str(error).split())
             missing.append(f"{what}: {reason}")
             return otherwise

@@ -1,4 +1,4 @@
-"""Connections that send no whole header: uvicorn would keep them for ever."""
+"""Connections that begin no request: uvicorn would keep them for ever."""
 
 import asyncio
 from typing import Any
@@ -10,7 +10,8 @@ from mljax.serve import uploads
 
 
 class Connection(H11Protocol):
-    """As uvicorn's, and closed where the header of a request does not come in time.
+    """As uvicorn's, and closed where the header of a request does not come in time, or
+    the rest of a body that the answer did not wait for.
 
     The limits are those of a body: `uploads.SECONDS` in all, `uploads.SILENCE` without
     a byte. Between two requests uvicorn's own limit holds, until the next one begins.
@@ -36,7 +37,9 @@ class Connection(H11Protocol):
             self._until = self.loop.time() + uploads.SECONDS
         else:
             self._closing.cancel()
-        if self.conn.their_state is not h11.IDLE:  # the header is here
+        answered = self.cycle is not None and self.cycle.response_complete
+        unread = self.conn.their_state is h11.SEND_BODY and answered
+        if self.conn.their_state is not h11.IDLE and not unread:  # a request is here
             return self._stop()
         at = min(self.loop.time() + uploads.SILENCE, self._until)
         self._closing = self.loop.call_at(at, self.transport.close)
