@@ -29,6 +29,10 @@ from mljax.report.curves import Curves, read_curves
 from mljax.run import check_names, make_run
 
 
+# What files that are gone, damaged or of something else lead to.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error)
+
+
 class Evaluation(NamedTuple):
     """The best weights on the validation images that could be read.
 
@@ -127,14 +131,7 @@ def gather(
     def attempt(what: str, job: Callable[[], Any], otherwise: Any) -> Any:
         try:
             return job()
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            BadZipFile,
-            zlib.error,
-        ) as error:
+        except _DAMAGED as error:
             reason = " ".join(str(error).split())
             missing.append(f"{what}: {reason}")
             return otherwise
