@@ -28,7 +28,6 @@ from mljax.report import numbers, speed
 from mljax.report.curves import Curves, read_curves
 from mljax.run import check_names, make_run
 
-
 # What files that are gone, damaged or of something else lead to.
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error)
 
