@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_networks import SMALL
+from test_blocks import TINY
 from test_label_graph import some_graph
 
 from mljax import checkpoint, results
@@ -101,6 +102,22 @@ def test_an_imported_directory_is_evaluated_as_it_is(tmp_path):
     assert here == there
     # With eval.json in it, it is still a checkpoint.
     assert checkpoint.load_variables(tmp_path / "imported")[1] == about
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_evaluation_takes_prelus_from_the_weights(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "tresnet", TINY["tresnet"])
+    config = configs.load("configs/shapes.py", "debug")
+    config.model.backbone, config.model.prelu = "tresnet", trained
+    config.data.image_size, config.data.num_val = 32, 16
+    run = make_run(config, DATASETS["shapes"](config.data, config.seed).val.class_names)
+    params, batch_stats = split(run.make_model())
+    about = {"config": config.to_dict(), "class_names": run.class_names}
+    variables = {"params": params, "batch_stats": batch_stats}
+    checkpoint.save_variables(tmp_path / "imported", variables, about)
+    same = evaluate_workdir(config, str(tmp_path / "imported"))
+    config.model.prelu = not trained
+    assert evaluate_workdir(config, str(tmp_path / "imported")) == same
 
 
 def test_other_models_come_back_as_they_are(tmp_path):
