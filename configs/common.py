@@ -303,7 +303,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train.max_bad_steps = 10
     train.patience = 5  # early stopping, in evaluations; 0 = off
     # Early stopping waits for these, unless mAP is 100; -1 = for those in which the
-    # learning rate rises.
+    # learning rate rises, and for freeze_epochs.
     train.warmup_epochs = -1
 
     config.eval = ConfigDict(

@@ -22,8 +22,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mljax.errors import Stopped, UserError, complain, one_line
-from mljax.preemption import RESTART
+from mljax.errors import (
+    RESTART,
+    Stopped,
+    UserError,
+    complain,
+    exit_code,
+    one_line,
+)
 
 _FAILED = "mljax/failed"
 _SETTINGS = "mljax/settings"
@@ -51,7 +57,7 @@ def together(
         Stopped: not all have connected; another start may do better.
     """
     _start(args, config)
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not jax.distributed.is_initialized() or _alone():
         if jax.distributed.is_initialized():  # which took SIGTERM, and tells nobody
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         yield
@@ -68,6 +74,16 @@ def together(
         raise
     watcher.stop()
     jax.distributed.shutdown()
+
+
+def _alone() -> bool:
+    """Whether there is one process. Ends this one where its devices do not start: the
+    others learn of it by its silence, and it would wait for them."""
+    try:
+        return jax.process_count() == 1
+    except RuntimeError as error:
+        complain(f"error: {_short(error)}")
+        os._exit(RESTART)
 
 
 def gather(value: Any) -> list[Any]:
@@ -153,7 +169,7 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
             f"the other processes cannot be found ({_short(error)}): give "
             "--coordinator, --num-processes and --process-id, or --cluster=none"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: of what knows the others
         if not given and method is None and "before any JAX calls" in str(error):
             return  # a program that has computed something already: it is alone
         if "INVALID_ARGUMENT" in str(error):
@@ -248,9 +264,10 @@ class _Watcher:
             except RuntimeError:  # the service is gone: JAX says so, and ends this
                 return
             if found and not self._ended.is_set():
-                _, message = found[0]
+                _, value = found[0]
+                code, _, message = value.partition(" ")
                 complain(f"error: {message}")
-                _leave(1)
+                _leave(int(code))
 
     def stop(self) -> None:
         self._ended.set()
@@ -276,8 +293,8 @@ def _fail(error: BaseException, watcher: _Watcher, config: ConfigDict) -> None:
     with contextlib.suppress(RuntimeError):
         here = f"process {jax.process_index()} on {socket.gethostname()}"
         key = f"{_FAILED}/{jax.process_index()}"
-        _client().key_value_set(key, f"{here}: {text}")
-    _leave(1)
+        _client().key_value_set(key, f"{exit_code(error)} {here}: {text}")
+    _leave(exit_code(error))
 
 
 def _is_of_jax(error: BaseException | None) -> bool:

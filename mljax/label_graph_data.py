@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -110,7 +111,7 @@ def read_cooccurrence(path: str | Path, num_classes: int) -> np.ndarray:
         matrix = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{what}: there is no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{what}: is not an .npy array ({error})") from error
     shape = (num_classes, num_classes)
     if not isinstance(matrix, np.ndarray) or matrix.shape != shape:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from ml_collections import ConfigDict
 
 from mljax import config as configs
-from mljax import memory
+from mljax import errors, memory
 from mljax.errors import Stopped, UserError, complain, one_line
 
 
@@ -182,7 +182,7 @@ def exit_code(
         if (text := one_line(error)) is None:
             raise
         complain(f"error: {text}")
-        return 1
+        return errors.exit_code(error)
     return 0
 
 

@@ -16,12 +16,8 @@ from typing import Any
 
 import jax
 
-from mljax.errors import Stopped, complain
+from mljax.errors import RESTART, Stopped, complain
 
-# "Temporary failure, try again" (EX_TEMPFAIL of sysexits.h): what launchers restart
-# upon. 143 would not do: shells give it for a process that SIGTERM killed before it
-# could save anything.
-RESTART = 75
 INTERRUPTED = 130  # by the person at the keyboard: nothing to be restarted
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mljax.early_stopping import Decision, EarlyStopping
-from mljax.errors import UserError
+from mljax.errors import Temporary, UserError
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Progress:
             return
         self.unreadable_in_row += 1
         if self.unreadable_in_row >= max_bad_steps:
-            raise UserError(
+            raise Temporary(
                 f"not one image of {self.unreadable_in_row} steps in a row could be "
                 f"read (config.train.max_bad_steps), the last was {bad[-1]}: is its "
                 "disk there? The same command goes on from the last checkpoint"
@@ -126,9 +126,10 @@ class Progress:
 
 def warmup_epochs(config: ConfigDict) -> int:
     """In how many epochs early stopping does not wait yet: `train.warmup_epochs`, or
-    those in which the learning rate rises."""
+    those in which the learning rate rises or a part is frozen that will not stay so."""
     if config.train.warmup_epochs >= 0:
         return config.train.warmup_epochs
-    if config.optim.schedule == "constant":
-        return 0
-    return math.ceil(round(config.optim.pct_start * config.epochs, 6))
+    optim = config.optim
+    frozen = optim.freeze_epochs if optim.freeze else 0
+    share = 0.0 if optim.schedule == "constant" else optim.pct_start
+    return max(frozen, math.ceil(round(share * config.epochs, 6)))

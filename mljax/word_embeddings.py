@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _words(name: str) -> list[str]:
 def _read_npy(path: Path, count: int) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"model.graph.embeddings {path}: {error}") from error
     if not isinstance(array, np.ndarray):
         raise UserError(

@@ -42,6 +42,7 @@ FREE_KEYS = frozenset(
         "hosts.start_timeout",
         "mesh.data",
         "mesh.fsdp",
+        "model.remat",
         "optim.lr_from",  # optim.lr is what it gave
         "train.checkpoint_every",
         "train.log_every",

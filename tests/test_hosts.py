@@ -126,6 +126,30 @@ def test_wrong_addresses(flags, words, monkeypatch):
         pass
 
 
+def test_devices_that_do_not_start(monkeypatch, capsys):
+    """Among several processes: the others are not waited for."""
+
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda': no device")
+
+    class Ended(Exception):
+        pass
+
+    def leave(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(hosts, "_start", lambda *_: None)
+    monkeypatch.setattr(hosts.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts.jax, "process_count", fail)
+    monkeypatch.setattr(hosts.os, "_exit", leave)
+    with (
+        pytest.raises(Ended, match="75"),
+        hosts.together(argparse.Namespace(), configs.common().hosts, {}),
+    ):
+        pass
+    assert "Unable to initialize backend 'cuda'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("said", "kind"),
     [

@@ -85,6 +85,7 @@ def test_with_more_patience_a_run_that_ended_goes_on(settings, monkeypatch, tmp_
         ({"train.warmup_epochs": 3}, 3),
         ({"optim.schedule": "cosine", "optim.pct_start": 0.11}, 7),
         ({"optim.schedule": "constant"}, 0),
+        ({"optim.freeze": "backbone", "optim.freeze_epochs": 14}, 14),
     ],
 )
 def test_early_stopping_waits_while_the_learning_rate_rises(changes, expected):

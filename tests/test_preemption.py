@@ -16,7 +16,7 @@ from tiny_program import Tiny
 from mljax import config, evaluate, memory, models, preemption, speed, train
 from mljax import main as program
 from mljax.checkpoint import Checkpoints
-from mljax.errors import Stopped, UserError
+from mljax.errors import Stopped, Temporary, UserError
 from mljax.terminal import Terminal
 
 
@@ -190,6 +190,29 @@ def test_ctrl_c_that_nobody_can_be_told_of(settings, monkeypatch, tmp_path):
         patch.setattr(sys, "stderr", Gone())
         assert program.exit_code(lambda: train.train(settings, "")) == 1
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.EIO, "Input/output error"), 75),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (Temporary("photo.jpg: is its disk there?"), 75),
+        (UserError("config.optim.lr = -1: must be above 0"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_only_what_may_pass_is_started_again(error, code, capsys):
+    def job():
+        if not isinstance(error, OSError):
+            raise error
+        try:
+            raise error
+        except OSError as cause:
+            raise UserError("the checkpoint could not be written") from cause
+
+    assert program.exit_code(job) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_program_exits_with_75(tmp_path):

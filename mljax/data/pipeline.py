@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mljax.data import decode, fit, order, randaugment
 from mljax.data.source import Source
-from mljax.errors import UserError
+from mljax.errors import Temporary, UserError
 from mljax.images import sides_of
 
 Batch = dict[str, np.ndarray]
@@ -308,7 +308,7 @@ def _one_by_one(
     With on_error "stop" no more than one reason is looked for.
 
     Raises:
-        UserError: a file system does not answer, for half a minute.
+        Temporary: a file system does not answer, for half a minute.
     """
     pictures: list[Batch] = []
     reasons: dict[int, str] = {}
@@ -320,7 +320,7 @@ def _one_by_one(
             read = functools.partial(load.__call__, i, draws)
             picture = decode.patiently(read, pauses)
         except decode.AWAY as error:
-            raise UserError(
+            raise Temporary(
                 f"{names[i]}: cannot be read now ({decode.reason(error)}): is its disk "
                 "there? The same command goes on from the last checkpoint"
             ) from None

@@ -67,12 +67,13 @@ def holdout(
     group = np.array([first_with.setdefault(k, len(first_with)) for k in content], int)
     num_groups = len(first_with)
     size = np.bincount(group, minlength=num_groups)
-    positives = np.zeros((num_groups, labels.shape[1]), np.int64)
+    positives = np.zeros((num_groups, labels.shape[1]), np.int32)
     np.add.at(positives, group, labels == 1)
+    left = positives.sum(0, dtype=np.int64)  # in groups that are not dealt yet
 
     share = np.array([1 - fraction, fraction])
     lacking = share * len(labels)  # images, [2]
-    lacking_label = share[:, None] * positives.sum(0)  # [2, num_classes]
+    lacking_label = share[:, None] * left  # [2, num_classes]
     part = np.full(num_groups, -1)
 
     def deal(groups: np.ndarray, label: int | None) -> None:
@@ -84,11 +85,9 @@ def holdout(
             part[g] = p = best[0] if len(best) == 1 else rng.choice(best)
             lacking[p] -= size[g]
             lacking_label[p] -= positives[g]
+            left[:] -= positives[g]
 
-    while True:
-        left = positives[part == -1].sum(0)
-        if not left.any():
-            break
+    while left.any():
         label = int(np.argmin(np.where(left > 0, left, np.iinfo(np.int64).max)))
         deal(np.flatnonzero((part == -1) & (positives[:, label] > 0)), label)
     deal(np.flatnonzero(part == -1), None)
