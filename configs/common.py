@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
     data.sampling = "uniform"
     # Augmentation of the training images. A random crop shows from crop_area of the
     # picture (1 = no crop) to all of it; its shape is that of image_size times 1 /
-    # crop_ratio to crop_ratio (fit "crop": always the target's shape).
+    # crop_ratio to crop_ratio, and is cut to that of image_size with fit "crop".
     data.crop_area = 1.0
     data.crop_ratio = 4 / 3
     data.randaugment = ConfigDict(

@@ -56,8 +56,6 @@ def _of_data(config: ConfigDict) -> Iterator[Check]:
     bilinear = data.resize == "bilinear"
     yield "data.antialias", bilinear, "config.data.resize = bilinear"
     yield "data.crop_ratio", data.crop_area < 1, "config.data.crop_area below 1"
-    other = "config.data.fit = stretch or letterbox"
-    yield "data.crop_ratio", data.fit != "crop", other
     for key in ("m", "prob"):
         operations = "config.data.randaugment.n above 0"
         yield f"data.randaugment.{key}", data.randaugment.n, operations

@@ -80,8 +80,6 @@ def shape_crops(draws: np.ndarray, data_config: ConfigDict) -> np.ndarray:
     """
     height, width = sides_of(data_config)
     smallest, log_ratio = data_config.crop_area, math.log(data_config.crop_ratio)
-    if data_config.fit == "crop":  # every crop has the target's shape
-        log_ratio = 0.0
     area = smallest + (1 - smallest) * draws[:, 0]
     shape = np.exp((2 * draws[:, 1] - 1) * log_ratio) * (width / height)
     sides = np.sqrt(np.stack([area / shape, area * shape], 1)).astype(np.float32)
