@@ -58,8 +58,7 @@ class EarlyStopping(NamedTuple):
         metric = float(metric)
         current = round(metric, 4)
         if patience and current >= _PERFECT:
-            best = max(self.best, current)  # for a run that goes on without patience
-            return Decision(self._replace(best=best), is_best=True, stop=True)
+            return Decision(self, is_best=True, stop=True)
         is_best = current >= self.best
         state = self._replace(best=current) if is_best else self
         # Written so that NaN waits.

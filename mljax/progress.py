@@ -104,7 +104,12 @@ class Progress:
     def go_on(self, patience: int) -> None:
         """Lets a run that early stopping has ended go on where it has more patience."""
         best = self.best["mAP"] if self.best else 0.0
-        self.stopped &= self.stopping.ends(best, patience)
+        if not self.stopped or self.stopping.ends(best, patience):
+            return
+        self.stopped = False
+        # A perfect evaluation ends a run before it is noted here.
+        highest = max(self.stopping.best, round(best, 4))
+        self.stopping = self.stopping._replace(best=highest)
 
     def to_dict(self) -> dict[str, Any]:
         return {

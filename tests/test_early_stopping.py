@@ -7,6 +7,7 @@ import pytest
 from conftest import shared
 
 from mljax.early_stopping import EarlyStopping, better_weights
+from mljax.progress import Progress
 
 
 @pytest.mark.parametrize("warmup", [0, 6])
@@ -74,10 +75,14 @@ def test_better_weights():
 
 def test_nothing_worse_than_perfect_is_best():
     """In a run that goes on without patience."""
-    state = EarlyStopping().update(0.97, patience=3).state
-    decision = state.update(0.99995, patience=3)
+    progress = Progress(best={"mAP": 0.99995})
+    progress.stopping = EarlyStopping().update(0.97, patience=3).state
+    decision = progress.stopping.update(0.99995, patience=3)
     assert decision.stop and decision.is_best
-    assert decision.state.ends(0.99995, patience=3)
-    assert not decision.state.ends(0.99995, patience=0)
-    assert not decision.state.update(0.975, patience=0).is_best
-    assert decision.state.update(0.99995, patience=0).is_best
+    progress.stopping, progress.stopped = decision.state, True
+    progress.go_on(patience=3)
+    assert progress.stopped and progress.stopping == decision.state
+    progress.go_on(patience=0)
+    assert not progress.stopped
+    assert not progress.stopping.update(0.975, patience=0).is_best
+    assert progress.stopping.update(0.99995, patience=0).is_best
