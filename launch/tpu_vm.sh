@@ -7,7 +7,7 @@ usage() {
 usage: bash $0 [--dry-run] COMMAND NAME [OPTIONS] [-- ARGS...]
   create NAME --type v5litepod-16 [--version RUNTIME] [--spot]
   run    NAME -- ARGS...      copies this clone to all hosts, installs it, starts
-                              python -m mljax.main ARGS... on each, restarts it if a host dies
+                              python -m mljax.main ARGS... on each, restarts it when that of a host died
   logs   NAME [--worker 0]    shows the output of a host as it comes
   stop   NAME                 all hosts save and end; returns when they have
   delete NAME

@@ -6,6 +6,7 @@ import pytest
 from conftest import shared
 from data_trees import blocks, data_config, encode, tree, write_json
 
+from mljax.config import load as load_config
 from mljax.data import DATASETS, annotations, files
 from mljax.errors import UserError
 
@@ -172,3 +173,11 @@ def test_published_files(name, images, classes):
     assert time.perf_counter() - started < 20  # on an idle machine below 1
     assert source.labels.shape == (images, classes)
     assert len(source.class_names) == classes and source.labels.sum(1).min() > 0
+
+
+@pytest.mark.parametrize(("name", "kind"), annotations._PUBLISHED.items())
+def test_the_folder_of_a_published_set_is_known(tmp_path, name, kind):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"no such file; .*/{kind}\.py:original"):
+        annotations.load(data_config(tmp_path))
+    assert load_config(f"configs/{kind}.py", "original").data.name == kind

@@ -23,7 +23,12 @@ from mljax.data.source import Source
 from mljax.errors import UserError
 
 # What lies in the folder of a data set as its makers publish it.
-_PUBLISHED = ("annotations", "ImageSets", "ImageList", "train_list_500.txt")
+_PUBLISHED = {
+    "annotations": "coco",
+    "ImageSets": "voc",
+    "ImageList": "nuswide",
+    "train_list_500.txt": "vg500",
+}
 
 
 def load(data_config: ConfigDict, seed: int = 0) -> dict[str, Source]:
@@ -72,8 +77,10 @@ def _parse(path: str) -> tuple[list, list]:
     """The sorted classes and the images of a file, with every form checked."""
     advice = "set data.root to the folder of annotation files"
     folder = os.path.dirname(path)
-    if any(os.path.exists(os.path.join(folder, name)) for name in _PUBLISHED):
-        advice += ", or name the set as published: --config configs/coco.py:original"
+    for name, kind in _PUBLISHED.items():
+        if os.path.exists(os.path.join(folder, name)):
+            config = f"--config configs/{kind}.py:original"
+            advice += f", or name the set as published: {config}"
     content = files.read_json(path, advice)
     if not isinstance(content, dict) or not {"classes", "images"} <= content.keys():
         found = sorted(content) if isinstance(content, dict) else type(content).__name__

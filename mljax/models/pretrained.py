@@ -108,7 +108,9 @@ def _other_version(folder: Path, error: UserError) -> UserError:
 
 def _are_others(given: Sequence[str] | None, wanted: Sequence[str]) -> bool:
     """Whether the weights tell their classes, and they are not those of the model."""
-    return bool(given) and bool(wanted) and [*(given or ())] != [*wanted]
+    if not given or not wanted:
+        return False
+    return list(given) != list(wanted)
 
 
 def named_classes(about: Mapping[str, Any]) -> list[str] | None:
