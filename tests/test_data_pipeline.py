@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -6,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import ROOT
 from data_trees import blocks, data_config, encode, tree, write_json
 from PIL import Image
 
@@ -241,3 +245,28 @@ def test_unknown_policy(sources):
     config.on_error = "ignore"
     with pytest.raises(UserError, match="choose stop or skip"):
         next(pipeline.eval_batches(sources[0]["val"], data_config=config, batch_size=2))
+
+
+# Its rows are slow to draw: they are asked for when Python ends.
+UNFINISHED = """
+import sys, time
+from data_trees import data_config
+from mljax.data import annotations, order, pipeline
+draws = order.draws
+order.draws = lambda *a: (time.sleep(a[1] * 0.2), draws(*a))[1]
+config = data_config(sys.argv[1])
+batches = pipeline.train_batches(
+    annotations.load(config)["train"], data_config=config, batch_size=4, seed=0)
+next(batches)
+print("done")
+"""
+
+
+def test_a_program_ends_in_the_middle_of_its_batches(tmp_path):
+    tree(tmp_path, num_train=10)
+    command = [sys.executable, "-c", UNFINISHED, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr

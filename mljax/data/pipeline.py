@@ -6,9 +6,11 @@ an image that cannot be read changes nothing but its own row. uint8 leaves this 
 what is cheap there happens on the device (`augment`).
 """
 
+import atexit
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,16 @@ from mljax.images import sides_of
 Batch = dict[str, np.ndarray]
 
 _PADDING = -1  # the index of a row that holds no image
+
+_running: "weakref.WeakSet[Generator[Batch]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """TensorFlow's threads ask Python for the rows of a step. Once Python is on its
+    way out it ends threads that do so, and whoever waits for them waits for ever."""
+    for batches in list(_running):
+        batches.close()
 
 
 class Rows(NamedTuple):
@@ -85,7 +97,9 @@ def train_batches(
         draws = order.draws(seed, step, batch_size, count)[part]
         return Rows(index[part], fit.shape_crops(draws, data_config))
 
-    return _stream(source, rows, start_step, None, data_config, train=True)
+    batches = _stream(source, rows, start_step, None, data_config, train=True)
+    _running.add(batches)
+    return batches
 
 
 def eval_batches(
@@ -110,7 +124,9 @@ def eval_batches(
         index = np.where(index < len(source), index, _PADDING)
         return Rows(index, np.zeros((len(index), 0), np.float32))
 
-    for batch in _stream(source, rows, 0, num_batches, data_config, train=False):
+    batches = _stream(source, rows, 0, num_batches, data_config, train=False)
+    _running.add(batches)
+    for batch in batches:
         yield batch | {"mask": batch["index"] != _PADDING}
 
 
@@ -145,7 +161,7 @@ def _stream(
     stop: int | None,
     data_config: ConfigDict,
     train: bool,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches of steps start to stop; `train`: with augmentation.
 
     TensorFlow says neither which image failed nor goes on in step after a failure. But
