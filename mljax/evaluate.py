@@ -67,15 +67,31 @@ def run(
     keep = np.flatnonzero(table["mask"])
     keep = keep[np.argsort(table["index"][keep], kind="stable")]
     index, ok = table["index"][keep], table["ok"][keep]
+    labels = table["labels"][keep]
     return {
-        name: Scores(
-            np.concatenate(parts).astype(np.float32)[keep],
-            table["labels"][keep],
-            index,
-            index[~ok],
-        )
+        name: Scores(_in_order(parts, keep), labels, index, index[~ok])
         for name, parts in outputs.items()
     }
+
+
+def _in_order(parts: list[np.ndarray], keep: np.ndarray) -> np.ndarray:
+    """The rows `keep` of all parts as one float32 table.
+
+    The list is emptied: of many images with many labels there is one table in memory,
+    and not a second one in parts.
+    """
+    rows = sum(len(part) for part in parts)
+    table = np.empty((len(keep), parts[0].shape[1]), np.float32)
+    places = np.full(rows, -1)
+    places[keep] = np.arange(len(keep))
+    parts.reverse()
+    start = 0
+    while parts:
+        part = parts.pop()
+        to = places[start : start + len(part)]
+        table[to[to >= 0]] = part[to >= 0]
+        start += len(part)
+    return table
 
 
 def unreadable(scores: Mapping[str, Scores], names: Sequence[str]) -> list[str]:
@@ -84,6 +100,7 @@ def unreadable(scores: Mapping[str, Scores], names: Sequence[str]) -> list[str]:
 
 
 _LOWEST = -1e30  # times a scale it is finite still
+_BLOCK = 16_000_000  # outputs that a device makes probabilities of at a time
 
 
 def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any]:
@@ -101,8 +118,10 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
     """
     # Running statistics may lag behind weights that move fast, and the network then
     # overflows here alone: a bad epoch, and not the end of the run.
-    is_nan = np.isnan(scores.outputs)
-    outputs = np.where(is_nan, np.float32(_LOWEST), scores.outputs)
+    outputs, nan_images = scores.outputs, 0
+    if (is_nan := np.isnan(outputs)).any():
+        outputs = np.where(is_nan, np.float32(_LOWEST), outputs)
+        nan_images = int(is_nan.any(1).sum())
     ap = metrics.average_precision(outputs, scores.labels)
     if np.isnan(ap).all():
         raise UserError(
@@ -110,9 +129,10 @@ def report(scores: Scores, probabilities: Callable[[Any], Any]) -> dict[str, Any
             f"({len(scores.unreadable)} of {len(scores.places)} images could not be "
             "read)"
         )
-    p = np.asarray(probabilities(outputs))
+    p, step = np.empty_like(outputs), max(1, _BLOCK // outputs.shape[1])
+    for start in range(0, len(p), step):
+        p[start : start + step] = probabilities(outputs[start : start + step])
     top3 = metrics.classification_report(outputs, scores.labels, top_k=3)
-    nan_images = int(is_nan.any(1).sum())
     return {
         "mAP": float(np.mean(ap[~np.isnan(ap)])),
         **metrics.classification_report(p, scores.labels),

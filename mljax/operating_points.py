@@ -4,12 +4,12 @@ A label is predicted where its probability > its threshold, strictly. Labels are
 or -1 (not annotated: left out of everything).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mljax.calibration import fit
+from mljax.calibration import blocks, fit
 from mljax.metrics import checked
 
 
@@ -74,26 +74,37 @@ def choose(
     if not 0 <= shrink < np.inf:
         raise ValueError(f"shrink must be at least 0 and finite, got {shrink}")
     p, y = checked("probabilities", probabilities, labels)
-    p = p.astype(np.float32)
+    p = np.asarray(p, np.float32)
     if p.size and not (0 <= p.min() and p.max() <= 1):
         raise ValueError("probabilities must be in [0, 1]")
-    if not (y == 1).any():
+    positives = np.count_nonzero(y == 1, axis=0)
+    if not positives.any():
         raise ValueError("no class has a positive")
 
-    positives = (y == 1).sum(0)
-    share = positives / np.maximum(positives + 100 * shrink, 1e-12)
-    counted = share * (y == 1) + (1 - share) * (
-        _expected(p, y, shrink) if shrink else 0
-    )
+    share: NDArray = np.ones(p.shape[1])
+    expected = p  # counts for nothing then
+    if shrink:
+        share = positives / (positives + 100 * shrink)
+        expected = _expected(p, y, shrink)
 
-    def best(p: NDArray, y: NDArray, counted: NDArray) -> float:
-        known = y != -1
-        return _best(p[known], counted[known], beta, precision, recall)
+    def entries(part: Any) -> NDArray:
+        """The annotated entries of a part of the table, see `_pack`."""
+        known = y[part] != -1
+        of_class = np.broadcast_to(share, y.shape)[part][known]
+        counted = of_class * (y[part][known] == 1)
+        return _pack(p[part][known], counted + (1 - of_class) * expected[part][known])
 
-    overall = best(p.ravel(), y.ravel(), counted.ravel())
+    criterion = beta, precision, recall
+    every, length = np.empty(np.count_nonzero(y != -1), np.uint64), 0
+    for rows in blocks(*y.shape):
+        some = entries(rows)
+        every[length : length + len(some)] = some
+        length += len(some)
+    overall = _best(every, *criterion)
+    del every
     thresholds = np.full(p.shape[1], overall)
     for c in np.flatnonzero(positives):
-        thresholds[c] = best(p[:, c], y[:, c], counted[:, c])
+        thresholds[c] = _best(entries((slice(None), c)), *criterion)
     share = positives / np.maximum(positives + shrink, 1e-12)
     both = share * _logit(thresholds) + (1 - share) * _logit(np.asarray(overall))
     exact = (share == 1) | (thresholds == overall)
@@ -101,10 +112,11 @@ def choose(
     below_1 = np.nextafter(np.float32(1), np.float32(0))
     thresholds = np.minimum(thresholds.astype(np.float32), below_1)
     said = (p > thresholds) & (y != -1)
-    true = (said & (y == 1)).sum(0)
+    true = np.count_nonzero(said & (y == 1), axis=0)
     reached = np.ones(p.shape[1], bool)
     if precision is not None:
-        reached = (true > 0) & (true >= (precision - 1e-12) * said.sum(0))
+        enough = (precision - 1e-12) * np.count_nonzero(said, axis=0)
+        reached = (true > 0) & (true >= enough)
     elif recall is not None:
         reached = true >= (recall - 1e-12) * positives
     return Choice(thresholds, overall, reached | (positives == 0))
@@ -112,7 +124,9 @@ def choose(
 
 def _expected(p: NDArray, y: NDArray, shrink: float) -> NDArray:
     """Calibrated probabilities, or the labels if nothing can be calibrated."""
-    logits = _logit(p.astype(np.float64))
+    logits = np.empty_like(p)
+    for rows in blocks(*p.shape):
+        logits[rows] = _logit(p[rows].astype(np.float64))
     try:
         found = fit(logits, y, method="platt", per_class=True, shrink=shrink)
         return found.probabilities(logits)
@@ -120,39 +134,62 @@ def _expected(p: NDArray, y: NDArray, shrink: float) -> NDArray:
         return (y == 1).astype(np.float32)
 
 
+def _pack(p: NDArray, counted: NDArray) -> NDArray:
+    """Probabilities of float32 and how much of a positive each is, [n], as one number
+    of uint64: sorted, the highest probability comes first."""
+    # Bits of floats that are not negative (-0 + 0 = 0) have their order.
+    order = ~(p + np.float32(0)).view(np.uint32)
+    return (order.astype(np.uint64) << 32) | counted.astype(np.float32).view(np.uint32)
+
+
+def _unpack(packed: NDArray) -> tuple[NDArray, NDArray]:
+    high, low = (packed >> 32).astype(np.uint32), packed.astype(np.uint32)
+    return (~high).view(np.float32), low.view(np.float32)
+
+
 def _best(
-    p: NDArray,
-    counted: NDArray,
+    packed: NDArray,
     beta: float,
     precision: float | None,
     recall: float | None,
 ) -> float:
-    """The threshold for probabilities p [n].
+    """The threshold for the entries [n] of `_pack`, which it sorts.
 
-    counted [n]: how much of a positive each is, in [0, 1]. 0.5 where nothing can be
-    chosen: all probabilities are 0.
+    0.5 where nothing can be chosen: all probabilities are 0.
     """
-    order = np.argsort(-p, kind="stable")
-    p, counted = p[order], counted[order]
-    following = np.append(p[1:], np.float32(0))
-    last = np.flatnonzero(p > following)  # of each group of equal ones; none at p = 0
-    if not last.size:
-        return 0.5
-    true, said, positives = np.cumsum(counted)[last], last + 1, counted.sum()
-    if precision is not None:
-        quality = true / said
-        enough = quality >= precision - 1e-12
-        # The most recall; of those the first has the most precision.
-        rank = np.where(enough, true, -1) if enough.any() else quality
-    elif recall is not None:
-        enough = true >= (recall - 1e-12) * positives
-        rank = np.where(enough, true / said, -1.0) if enough.any() else true
-    else:
-        rank = true / (beta**2 * positives + said)
-    i = int(np.argmax(rank))
-    above, below = p[last[i]], following[last[i]]
-    middle = np.float32((float(above) + float(below)) / 2)
-    return float(middle if middle < above else below)
+    packed.sort()
+    parts = [packed[part] for part in blocks(len(packed), 1)]
+    positives = sum(_unpack(part)[1].sum(dtype=np.float64) for part in parts)
+    best, threshold = (False, -np.inf), 0.5
+    true_before = said_before = 0.0
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        p, counted = _unpack(part)
+        next_p = np.float32(0) if after is None else _unpack(after[:1])[0][0]
+        following = np.append(p[1:], next_p)
+        last = np.flatnonzero(p > following)  # of each group of equal ones
+        true = true_before + np.cumsum(counted, dtype=np.float64)
+        true_before, true = true[-1], true[last]
+        said = said_before + last + 1
+        said_before += len(p)
+        if not last.size:
+            continue
+        if precision is not None:
+            quality = true / said
+            enough = quality >= precision - 1e-12
+            # The most recall; of those the first has the most precision.
+            rank = np.where(enough, true, -1) if enough.any() else quality
+        elif recall is not None:
+            enough = true >= (recall - 1e-12) * positives
+            rank = np.where(enough, true / said, -1.0) if enough.any() else true
+        else:
+            enough = np.zeros(1, bool)
+            rank = true / (beta**2 * positives + said)
+        i = int(np.argmax(rank))
+        if (found := (bool(enough.any()), rank[i])) > best:
+            best, above, below = found, p[last[i]], following[last[i]]
+            middle = np.float32((float(above) + float(below)) / 2)
+            threshold = float(middle if middle < above else below)
+    return threshold
 
 
 def _logit(p: NDArray) -> NDArray:

@@ -9,7 +9,9 @@ images are split in two halves at random, one to choose on and one to measure on
 """
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from mljax.decision import DEFAULT, Decision
 from mljax.errors import UserError
 
 _FIGURES = ("OF1", "CF1", "ECE", "class ECE")
+
+_LONG = 10.0  # seconds for a split, from which on it is told how many are done
 
 # Chooses on (logits, labels), both [num_images, num_classes].
 Chooser = Callable[[np.ndarray, np.ndarray], tuple[Decision, operating_points.Choice]]
@@ -120,13 +124,18 @@ def measure(
     """
     rng = np.random.default_rng(seed)
     found: dict[str, list] = {"before": [], "after": []}
-    for _ in range(splits):
+    started = time.perf_counter()
+    for done in range(1, splits + 1):
         order = rng.permutation(len(logits))
         one, other = order[: len(order) // 2], order[len(order) // 2 :]
         decided, _ = choose(logits[one], labels[one])
         plain = decision.default(logits.shape[1])
         for name, used in (("before", plain), ("after", decided)):
             found[name].append(_figures(used, logits[other], labels[other]))
+        mean = (time.perf_counter() - started) / done
+        if mean > _LONG and done < splits:
+            left = math.ceil(mean * (splits - done) / 60)
+            print(f"measured on {done} of {splits} splits, {left} min left", flush=True)
     return {name: np.array(rows) for name, rows in found.items()}
 
 
