@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from mljax.errors import UserError
+
 _SHORTEST = 0.2  # seconds: what compiles faster is not worth a file
 
 
@@ -36,6 +38,31 @@ def compute_inline() -> None:
     before anything is computed; later it changes nothing.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def check_no_worse(path: str | Path, before: str | None) -> None:
+    """A run of a GPU or TPU does not go on on a CPU unless that is asked for.
+
+    JAX falls back on the CPU where a driver does not start; days later a restarted run
+    would have come no further.
+
+    Args:
+        path: the work directory, to name it.
+        before: the platform that its last step was computed on, or None (unknown).
+
+    Raises:
+        UserError: it was another than "cpu", which is what there is now.
+    """
+    if before in (None, "cpu") or jax.default_backend() != "cpu":
+        return
+    asked = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    if asked.split(",")[0] != "cpu":  # JAX_PLATFORMS does that, too
+        extra = {"gpu": "cuda"}.get(before, before)
+        raise UserError(
+            f"{path}: was computed on a {before.upper()} so far, and JAX finds only a "
+            f"CPU here: is its driver there, and mljax installed with [{extra}]? With "
+            "JAX_PLATFORMS=cpu before the command it goes on on the CPU"
+        )
 
 
 def _processor() -> str:

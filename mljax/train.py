@@ -249,6 +249,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         "num_train": len(source.names),
         "data": data,
         "versions": versions.installed(),
+        "platform": jax.default_backend(),
     }
     last = Checkpoints(folder / "checkpoints")
     best = Checkpoints(folder / "best")
@@ -256,6 +257,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     progress = Progress()
     if start:
         saved = last.about(start)
+        backend.check_no_worse(path, saved.get("platform"))
         workdir.check_same_data(path, saved, about)
         progress = Progress.from_dict(hosts.of_first(saved["progress"]))
         progress.go_on(config.train.patience)

@@ -4,12 +4,14 @@ import json
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from data_trees import tree
 from test_preemption import settings, stop_at  # noqa: F401
 
 from mljax import config, evaluate_workdir, train
+from mljax.checkpoint import Checkpoints
 from mljax.errors import Stopped, UserError
 
 
@@ -66,6 +68,27 @@ def test_a_finished_run_is_not_evaluated_again(
     train.train(settings, str(run))
     assert "epoch 1: mAP" not in capsys.readouterr().out
     assert contents(run / "best") == before
+
+
+def test_without_its_gpu_a_run_goes_on_only_if_asked_to(
+    settings,  # noqa: F811
+    tmp_path,
+):
+    run = tmp_path / "run"
+    settings.epochs = 1
+    train.train(settings, str(run))
+    saved = Checkpoints(run / "checkpoints")
+    assert saved.about(4)["platform"] == "cpu"
+    saved.amend(4, progress=saved.about(4)["progress"], platform="gpu")
+    before = contents(run)
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(UserError, match=r"on a GPU so far.*\[cuda\].*=cpu before"):
+            train.train(settings, str(run))
+    finally:
+        jax.config.update("jax_platforms", "cpu")  # as JAX_PLATFORMS does
+    assert contents(run) == before
+    train.train(settings, str(run))
 
 
 def test_val_without_labels_is_not_measured(files, tmp_path, capsys):
