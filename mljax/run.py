@@ -100,16 +100,26 @@ def check_names(config: ConfigDict) -> None:
             raise UserError(f"config.{key} = {name!r}: must be one of {choices}")
 
 
-def make_run(
-    config: ConfigDict, class_names: list[str], graph: LabelGraph | None = None
-) -> Run:
-    """Builds the mesh and the model of `config`; `graph` as in `models.build_model`.
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The devices as `config.mesh` has them.
 
     Raises:
         UserError: the batch or the mesh does not fit the devices.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     configs.validate_devices(config, mesh.size)
+    return mesh
+
+
+def make_run(
+    config: ConfigDict, class_names: list[str], graph: LabelGraph | None = None
+) -> Run:
+    """Builds the mesh and the model of `config`; `graph` as in `models.build_model`.
+
+    Raises:
+        UserError: as `make_mesh`.
+    """
+    mesh = make_mesh(config)
 
     def make_model(seed: int = config.seed) -> models.Classifier:
         model = models.build_model(

@@ -150,8 +150,10 @@ class Terminal:
         )
         if found:  # none where the first step of a process is the only one so far
             left = (self.total_steps - at) * found["step_ms"] / 1e3
-            line += f"  {found['images_per_second']:.0f} images/s  {_clock(left)} left"
-            line += f"  {speed.text(found)}"
+            line += f"  {found['images_per_second']:.0f} images/s"
+            if self.speed.devices > 1:
+                line += f" ({found['images_per_second_per_device']:.3g} a device)"
+            line += f"  {_clock(left)} left  {speed.text(found)}"
         self.say(line)
         if self._writer:
             values = {

@@ -41,6 +41,7 @@ from mljax.run import (
     data_keys,
     make_augment,
     make_loss,
+    make_mesh,
     make_place,
     make_run,
 )
@@ -93,6 +94,7 @@ def setup(
     """
     backend.set_up()
     check_names(config)
+    make_mesh(config)  # what does not fit is told before data is read
     sources = DATASETS[config.data.name](config.data, config.seed)
     source, names = sources.train, sources.train.class_names
     judge, chosen_on = results.choose_judge(sources, config)
@@ -359,9 +361,9 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
                 if jax.process_index() == 0 and at in (start + 1, made.thaw_step + 1):
                     alike = speed.period(at, config.sam.every_steps, made.thaw_step)
                     steps = [made.step_at(i) for i in alike]
-                    terminal.speed.flops = speed.mean_flops(
-                        steps, made.state, placed, made.seed
-                    )
+                    flops = speed.mean_flops(steps, made.state, placed, made.seed)
+                    flops *= groups.at_once(config.sam.groups, run.mesh)
+                    terminal.speed.flops = flops
                 terminal.restart_clock()
 
             epoch, inside = divmod(at, steps_per_epoch)
