@@ -162,13 +162,6 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
                 initialization_timeout=config.start_timeout + _LONGER,
                 heartbeat_timeout_seconds=config.heartbeat_timeout,
             )
-    except (ValueError, KeyError, ImportError) as error:
-        if not given and method is None and "coordinator_address" in str(error):
-            return  # no cluster: an ordinary program
-        raise UserError(
-            f"the other processes cannot be found ({_short(error)}): give "
-            "--coordinator, --num-processes and --process-id, or --cluster=none"
-        ) from error
     except (RuntimeError, OSError) as error:  # OSError: of what knows the others
         if not given and method is None and "before any JAX calls" in str(error):
             return  # a program that has computed something already: it is alone
@@ -177,6 +170,31 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
         # One died meanwhile, or what it held is not free yet.
         failed = f"error: no connection of all processes at {address}"
         raise Stopped(f"{failed} ({_short(error)}): {hint}", RESTART) from error
+    except Exception as error:  # those of what knows the others are of many kinds
+        by_itself = not given and method is None
+        if by_itself and "coordinator_address" in str(error):
+            _check_alone()
+            return  # no cluster: an ordinary program
+        pod = "KUBERNETES_SERVICE_HOST" in os.environ
+        if by_itself and pod and "JOB_COMPLETION_INDEX" not in os.environ:
+            return  # a pod of its own, of no indexed job
+        raise UserError(
+            f"the other processes cannot be found ({_short(error)}): give "
+            "--coordinator, --num-processes and --process-id, or --cluster=none"
+        ) from error
+
+
+def _check_alone() -> None:
+    """Raises UserError where MPI started several processes, of which JAX knows none:
+    each would train alone, into the same work directory."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        size = os.environ.get(name, "1")
+        if size.isdigit() and int(size) > 1:
+            raise UserError(
+                f"{name}={size}, and JAX cannot find the other processes: give "
+                f"--coordinator=HOST:PORT of the first one, --num-processes={size} and "
+                "--process-id, or --cluster=none"
+            )
 
 
 @contextlib.contextmanager

@@ -41,7 +41,10 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
         )
     # A plain Mesh has Auto axes; jax.make_mesh defaults to Explicit ones, under which
     # convolutions with sharded kernels are refused.
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    # Those of a process side by side, as its rows of a batch are: numbers of devices
+    # may jump between the hosts of a pod.
+    in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(in_order).reshape(sizes), AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -173,6 +173,46 @@ def test_a_start_that_fails_is_tried_again(said, kind, monkeypatch):
     assert kind is UserError or failed.value.exit_code == 75
 
 
+NOBODY = ValueError("coordinator_address should be defined.")
+
+
+@pytest.mark.parametrize(
+    ("variables", "error", "words"),
+    [
+        ({}, NOBODY, None),
+        ({"PMI_SIZE": "1"}, NOBODY, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, NOBODY, "OMPI_COMM_WORLD_SIZE=4.*--process-id"),
+        ({"PMI_SIZE": "2"}, NOBODY, "PMI_SIZE=2.*--num-processes=2"),
+        # Where the package kubernetes is there, JAX takes every pod for one of a job.
+        ({"KUBERNETES_SERVICE_HOST": "a"}, TypeError("None"), None),
+        (
+            {"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "1"},
+            TypeError("None"),
+            "cannot be found.*--cluster=none",
+        ),
+    ],
+)
+def test_whether_it_is_alone(variables, error, words, monkeypatch):
+    def fail(**_):
+        raise error
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
+    args = argparse.Namespace(
+        coordinator=None,
+        num_processes=None,
+        process_id=None,
+        cluster="auto",
+        mode="eval",
+    )
+    expected = (
+        pytest.raises(UserError, match=words) if words else contextlib.nullcontext()
+    )
+    with expected, hosts.together(args, configs.common().hosts, {}):
+        pass
+
+
 def test_data_that_is_not_the_same_everywhere(monkeypatch):
     hosts.check_same("config.data.root", "images or labels", {"train images": "a"})
     found = [["a", "one"], ["b", "two"], ["a", "three"]]
