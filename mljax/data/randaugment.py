@@ -144,8 +144,8 @@ def translate_y(image, share, sign, place):
 
 @rare
 def rotate(image, share, sign, place):
-    """Up to 30 degrees around the middle, counter-clockwise."""
-    angle = math.radians(30) * tf.cast(share, tf.float64)
+    """Up to 30 degrees around the middle, counter-clockwise where `sign` is 1."""
+    angle = math.radians(30) * tf.cast(share * sign, tf.float64)
     cos, sin = tf.cos(angle), tf.sin(angle)
     size = tf.cast(tf.shape(image)[:2], tf.float64)
     y, x = size[0] / 2, size[1] / 2
