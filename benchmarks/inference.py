@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import (
+    TOLERANCE,
     Worker,
     answer,
     as_trained,
@@ -36,7 +37,6 @@ from side_by_side import (
 
 PEER = Path(__file__).with_name("torch_inference.py")
 MODELS = ("mobilenetv3_large_100", "tf_efficientnetv2_s", "resnet50")
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 CLASSES = 80
 
 

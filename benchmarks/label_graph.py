@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import (
+    TOLERANCE,
     Worker,
     answer,
     as_trained,
@@ -51,7 +52,7 @@ def arguments() -> argparse.Namespace:
     add("--parts", nargs="+", default=tuple(PARTS), choices=tuple(PARTS))
     add("--size", type=int, default=224, help="pixels along a side")
     add("--batch", type=int, default=16)
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--dtype", default="float32", choices=tuple(TOLERANCE))
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=3, help="whole steps in a round")
     add("--output", help="JSON file for the numbers")
@@ -87,8 +88,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         if args.torch_python:
             workers["torch"] = Worker([args.torch_python, str(PEER), *shared])
             ours, peers = (w.about["losses"] for w in workers.values())
+            bound = TOLERANCE[args.dtype]
             for name in ours:
-                same(f"the losses of {name}", ours[name], peers[name], 1e-3)
+                same(f"the losses of {name}", ours[name], peers[name], bound)
         times: dict[str, list[float]] = {}
         for part in args.parts:
             more, warm = PARTS[part]

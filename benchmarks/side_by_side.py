@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# How far outputs may lie apart, relative to the largest.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 # Thread pools go on spinning for a while after their work (OpenMP for 0.2 s).
 PAUSE = 0.4
 

@@ -21,6 +21,7 @@ import torch_heads  # noqa: E402
 SCALE, K, RHO, DECAY = 17.0, 0.7, 0.05, 0.9997
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+torch.backends.cudnn.benchmark = True  # as timm's own training; XLA tries them out too
 
 
 class Classifier(torch.nn.Module):

@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 from side_by_side import (
+    TOLERANCE,
     Worker,
     answer,
     as_trained,
@@ -50,7 +51,7 @@ def arguments() -> argparse.Namespace:
     add("--size", type=int, default=128, help="pixels along a side")
     add("--batch", type=int, default=64)
     add("--classes", type=int, default=36)
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--dtype", default="float32", choices=tuple(TOLERANCE))
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=8, help="in a round")
     add("--output", help="JSON file for the numbers")
@@ -74,7 +75,7 @@ def main() -> None:
             if tuned := our_allocator():
                 workers[TUNED] = Worker(command, **tuned)
             losses = [worker.about["loss"] for worker in workers.values()]
-            same("the first losses", *losses[:2], 1e-3)
+            same("the first losses", *losses[:2], TOLERANCE[args.dtype])
         times = in_turns(workers, args.rounds, args.steps)
         for worker in workers.values():
             worker.end()

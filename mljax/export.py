@@ -23,7 +23,7 @@ import numpy as np
 
 from mljax import held_out, memory, whole
 from mljax import main as program
-from mljax.errors import UserError
+from mljax.errors import UserError, complain
 from mljax.prediction_files import check_writable
 
 if TYPE_CHECKING:
@@ -211,12 +211,18 @@ def _images(what: str | None, reference: "Predictor") -> np.ndarray:
     if what is None:
         return samples(*images.sides_of(data))
 
-    found = []
-    for path in find_images(what)[:_SAMPLES]:
+    found, reasons = [], []
+    for path in find_images(what):
         try:
             found.append(images.load(path, data))
         except images.UnreadableImage as error:
-            raise UserError(f"--images: {path}: {error}") from None
+            reasons.append(f"--images: {path}: {error}")
+        if len(found) == _SAMPLES:
+            break
+    if not found:
+        raise UserError(reasons[0])
+    for reason in reasons:
+        complain(f"{reason}; left out")
     return np.stack(found)
 
 

@@ -174,6 +174,17 @@ def run(args: argparse.Namespace) -> None:
         decided, choice = choose(logits, labels)
     except ValueError as error:
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
+    wanted = _wanted(args)
+    about = {
+        "for": wanted,
+        "on": f"{len(logits)} images, {source}",
+        "shrink": args.shrink,
+        "calibrate": args.calibrate,
+    }
+    # Of many images with many labels the rest takes an hour.
+    written = decision.save(step, names, decided._replace(about=about))
+    print(f"chosen on {len(logits)} images ({source}) for {wanted}")
+    print(_class_table(names, decided, choice, logits, labels), flush=True)
     try:
         found = measure(logits, labels, choose, args.splits, args.seed)
         means = {k: v.mean(0).tolist() for k, v in found.items()}
@@ -182,20 +193,9 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:  # the images are too few to be halved
         gains = {}
         table = f"what is gained could not be measured on halves of them: {error}"
-    wanted = _wanted(args)
-    about = {
-        "for": wanted,
-        "on": f"{len(logits)} images, {source}",
-        "shrink": args.shrink,
-        "calibrate": args.calibrate,
-        "splits": args.splits,
-        **gains,
-    }
-    print(f"chosen on {len(logits)} images ({source}) for {wanted}")
-    print(_class_table(names, decided, choice, logits, labels))
-    print(table)
-    written = decision.save(step, names, decided._replace(about=about))
-    print(f"written: {written}")
+    about |= {"splits": args.splits, **gains}
+    decision.save(step, names, decided._replace(about=about))
+    print(f"{table}\nwritten: {written}")
 
 
 def _check(args: argparse.Namespace) -> None:
