@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mljax import config_idle
-from mljax.config_rules import FILE_SOURCES, RULES, SIZES, rule_of
+from mljax.config_rules import FILE_SOURCES, RULES, SIDES, SIZES, rule_of
 from mljax.errors import UserError
 
 
@@ -64,6 +64,12 @@ def load(path: str, arg: str = "") -> ConfigDict:
     expected, got = flatten(common()), flatten(config)
     for key in got.keys() - expected.keys():
         raise UserError(f"--config {file}: {_unknown(key, expected)}")
+    for key, value in got.items():
+        if value is None:  # which ConfigDict takes for a value of any kind
+            kind, default = _KINDS[type(expected[key])], expected[key]
+            raise UserError(
+                f"--config {file}: {key} is None, and must be {kind}, like {default!r}"
+            )
     for key in expected.keys() - got.keys():
         raise UserError(
             f"--config {file}: key {key} is missing; start from mljax.config.common()"
@@ -123,6 +129,15 @@ def validate(config: ConfigDict, chosen: Collection[str] | None = None) -> None:
         rule = rule_of(key, value)
         if rule and not rule[0](value):
             raise UserError(f"config.{key} = {value!r}: must be {rule[1]}")
+    size = config.data.image_size
+    sides = size if isinstance(size, tuple) else (size,)
+    for name, unit in SIDES.items():
+        of_it = config.model.backbone.startswith(name)
+        if of_it and any(side % unit for side in sides):
+            raise UserError(
+                f"config.data.image_size = {size}: must be divisible by {unit} for "
+                f"{config.model.backbone}"
+            )
     parts = config.optim.accumulate
     if config.batch_size % parts:
         raise UserError(

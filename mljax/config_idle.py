@@ -103,13 +103,13 @@ def _of_others(config: ConfigDict) -> Iterator[Check]:
         for key in model[head]:
             needed = f"config.model.head = {head}"
             yield f"model.{head}.{key}", model.head == head, needed
+    is_graph, is_gat = model.head in ("gcn", "gat"), model.head == "gat"
+    for key in graph:
+        yield f"model.graph.{key}", is_graph, "config.model.head = gcn or gat"
     random = "random vectors (embeddings = '')"
     yield "model.graph.embedding_dim", not graph.embeddings, random
     is_file = graph.embeddings.endswith(".npy")
     yield "model.graph.embedding_std", not is_file, "random vectors, or those of words"
-    is_graph, is_gat = model.head in ("gcn", "gat"), model.head == "gat"
-    for key in ("tau", "rho", "hidden_dim_scale"):
-        yield f"model.graph.{key}", is_graph, "config.model.head = gcn or gat"
     yield "model.graph.attention_dropout", is_gat, "config.model.head = gat"
 
     loss, aam = config.loss, config.loss.aam

@@ -88,6 +88,9 @@ NAMES = {
 SIZES = ("data.image_size",)
 _SIZE: Rule = (_is_size, f"16 to {_PIXELS} (pixels), one number or height,width")
 
+# Of the backbones that begin so: what the sides of their pictures are divisible by.
+SIDES = {"vit_": 16, "tresnet_": 4}
+
 # Names of backbones, heads, losses and data sets are checked where they are looked up.
 RULES: dict[str, Rule] = {
     "init_from": (

@@ -111,6 +111,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", bomb, RuntimeWarning)
 
 
+def load_tensorflow() -> None:
+    """Without Keras, which it imports on the way: a second, or two, for nothing."""
+    if {"tensorflow", "keras"} & set(sys.modules):
+        return
+    sys.modules["keras"] = None  # type: ignore[assignment]
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        del sys.modules["keras"]  # `tf.keras` is there for who asks for it
+
+
 def run(args: argparse.Namespace) -> None:
     config = read_config(args)
     if config.optim.lr_from and "optim.lr" in dict(args.overrides):
@@ -134,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
         if key not in ("data.root", "data.prefetch"):
             settings[f"config.{key}"] = value
     with hosts.together(args, config.hosts, settings):
+        load_tensorflow()
         from mljax import evaluate_workdir, train
 
         if args.mode == "train":

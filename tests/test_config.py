@@ -2,10 +2,15 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from mljax import config as configs
+from mljax import train
 from mljax.errors import UserError
+from mljax.models import BACKBONES
 
 
 @pytest.mark.parametrize(
@@ -240,6 +245,12 @@ def test_overrides_keep_their_type_and_survive_json():
             "missing",
         ),
         ("def get_config(arg=''):\n    return {}", "ConfigDict"),
+        (
+            "from mljax.config import common\n"
+            "def get_config(arg=''):\n    c = common()\n    c.optim.lr = None\n"
+            "    return c",
+            "optim.lr is None, and must be a number",
+        ),
     ],
 )
 def test_bad_config_file(tmp_path, text, message):
@@ -253,3 +264,27 @@ def test_bad_config_file(tmp_path, text, message):
 def test_missing_config_file_lists_what_there_is():
     with pytest.raises(UserError, match=r"nope\.py.*configs/shapes\.py"):
         configs.load("nope.py")
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "tresnet_m"])
+def test_sides_that_a_backbone_does_not_take(backbone):
+    unit = {"v": 16, "t": 4}[backbone[0]]
+    for size in 96 + unit // 2, (96, 96 + unit // 2):
+        config = configs.load("configs/shapes.py")
+        config.model.backbone = backbone
+        with config.data.ignore_type():
+            config.data.image_size = size
+        with pytest.raises(UserError, match=f"image_size.*divisible by {unit} for"):
+            configs.validate(config)
+        height, width = (size, size) if isinstance(size, int) else size
+        images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        model = nnx.eval_shape(lambda: BACKBONES[backbone](rngs=nnx.Rngs(0)))
+        with pytest.raises(UserError, match=f"divisible by {unit}"):
+            nnx.eval_shape(lambda m, x: m(x), model, images)
+
+
+def test_a_batch_that_devices_cannot_share_is_told_before_the_data_is_read(tmp_path):
+    config = configs.load("configs/coco.py")
+    config.data.root = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="batch_size = 84: must be divisible by 8"):
+        train.train(config, str(tmp_path / "run"))

@@ -15,6 +15,9 @@ def read(*flags: str):
     return main.read_config(main.parse(["--workdir=x", *flags]))
 
 
+GCN = ["model.head=gcn", "model.graph.embeddings=x.npy"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -32,8 +35,10 @@ def read(*flags: str):
         (["ema.half_life=1000", "ema.decay=0.5"], "ema.half_life = 0"),
         (["train.patience=0", "train.warmup_epochs=2"], "patience above 0"),
         (["model.graph.tau=0.3"], "model.head = gcn or gat"),
-        (["model.graph.embeddings=x.npy", "model.graph.embedding_dim=9"], "vectors"),
-        (["model.graph.embeddings=x.npy", "model.graph.embedding_std=9"], "vectors"),
+        (["model.graph.embeddings=x.txt"], "model.head = gcn or gat"),
+        (["model.graph.adjacency=x.npy"], "model.head = gcn or gat"),
+        ([*GCN, "model.graph.embedding_dim=9"], "vectors"),
+        ([*GCN, "model.graph.embedding_std=9"], "vectors"),
         (["model.query2label.dim=64"], "model.head = query2label"),
         (["model.csra.heads=2"], "model.head = csra"),
         (["loss.name=aam", "loss.aam.probability_margin=0.1"], "a gamma of aam"),
@@ -70,7 +75,12 @@ def test_names_that_are_not_of_mljax_are_judged_later(name, flag):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["model.graph.embeddings=x.txt", "model.graph.embedding_std=9"],
+        ["model.head=gat", "model.graph.by_occurrences=true"],
+        [
+            "model.head=gcn",
+            "model.graph.embeddings=x.txt",
+            "model.graph.embedding_std=9",
+        ],
         ["loss.aam.probability_margin=0.1", "loss.aam.gamma_neg=1"],
         ["model.head=gcn", "model.graph.tau=0.3"],
         ["optim.name=adamw", "optim.cycle_momentum=false", "optim.b1=0.5"],
@@ -140,7 +150,8 @@ def test_the_range_test_has_no_cycle_that_replaces_the_momentum(
     tmp_path, capsys, method, words
 ):
     flags = ["--config=configs/coco.py", "--config.optim.momentum=0.85"]
-    flags += [f"--config.data.root={tmp_path}", f"--method={method}"]
+    flags += ["--config.batch_size=80", f"--config.data.root={tmp_path}"]
+    flags += [f"--method={method}"]
     assert find_lr.main([*flags, f"--workdir={tmp_path / 'search'}"]) == 1
     assert words in capsys.readouterr().err
 

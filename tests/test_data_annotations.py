@@ -132,6 +132,16 @@ def test_classes_must_agree(tmp_path):
         annotations.load(config)
 
 
+def test_numbers_and_texts_are_not_sorted_alike(tmp_path):
+    config = tree(tmp_path)
+    for name, classes in ("train", [9, 10]), ("val", ["9", "10"]):
+        file = tmp_path / f"{name}.json"
+        images = json.loads(file.read_text())["images"]
+        write_json(file, classes, [[image[0], []] for image in images])
+    with pytest.raises(UserError, match="train.json and val.json have the same.*order"):
+        annotations.load(config)
+
+
 def test_holdout(tmp_path):
     config = tree(tmp_path, num_train=20)
     whole = DATASETS["annotations"](config, 0)

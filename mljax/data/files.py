@@ -240,7 +240,11 @@ def check_same_classes(data_config: ConfigDict, sources: dict[str, Source]) -> N
     """Raises UserError where train and val differ in their classes."""
     train, val = sources["train"].class_names, sources["val"].class_names
     if train != val:
-        only = sorted(set(train) ^ set(val))
+        if not (only := sorted(set(train) ^ set(val))):
+            raise UserError(
+                f"{data_config.train} and {data_config.val} have the same classes in "
+                "different orders (numbers in one, text in the other): write them alike"
+            )
         where = data_config.train if only[0] in train else data_config.val
         raise UserError(
             f"{data_config.train} and {data_config.val} differ in their classes "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from mljax import config as configs
 from mljax import main as program
 from mljax.errors import UserError
 
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> None:
         UserError: the data cannot be read, or the folder holds something else or
             cannot be written.
     """
-    config = program.read_config(args)
+    known = configs.flatten(configs.common())
+    acting = [key for key in known if key.startswith("model.graph.")]
+    config = program.read_config(args, acting)
     if args.images_per_shard < 1:
         raise UserError(f"--images-per-shard={args.images_per_shard}: must be above 0")
     # Imported late: TensorFlow takes seconds, and a typing mistake is answered at once.
