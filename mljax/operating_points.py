@@ -52,6 +52,8 @@ def choose(
       the rest that of all classes as one.
     - Its threshold is P / (P + shrink) of its own and the rest of the overall one, in
       logits. Without positives it has the overall one.
+    Where that misses the wanted precision or recall on these images, a class with at
+    least `shrink` positives has the threshold that its labels alone give, if any does.
 
     Args:
       probabilities: [num_images, num_classes], in [0, 1]; compared as float32.
@@ -87,12 +89,22 @@ def choose(
         share = positives / (positives + 100 * shrink)
         expected = _expected(p, y, shrink)
 
-    def entries(part: Any) -> NDArray:
+    def entries(part: Any, share: NDArray = share) -> NDArray:
         """The annotated entries of a part of the table, see `_pack`."""
         known = y[part] != -1
         of_class = np.broadcast_to(share, y.shape)[part][known]
         counted = of_class * (y[part][known] == 1)
         return _pack(p[part][known], counted + (1 - of_class) * expected[part][known])
+
+    def reaches(classes: NDArray, thresholds: NDArray) -> NDArray:
+        """Whether they give the wanted precision or recall, by the labels."""
+        labels = y[:, classes]
+        said = (p[:, classes] > thresholds) & (labels != -1)
+        true = np.count_nonzero(said & (labels == 1), axis=0)
+        if precision is not None:
+            enough = (precision - 1e-12) * np.count_nonzero(said, axis=0)
+            return (true > 0) & (true >= enough)
+        return true >= ((recall or 0) - 1e-12) * positives[classes]
 
     criterion = beta, precision, recall
     every, length = np.empty(np.count_nonzero(y != -1), np.uint64), 0
@@ -111,14 +123,14 @@ def choose(
     thresholds = np.where(exact, thresholds, 1 / (1 + np.exp(-both)))
     below_1 = np.nextafter(np.float32(1), np.float32(0))
     thresholds = np.minimum(thresholds.astype(np.float32), below_1)
-    said = (p > thresholds) & (y != -1)
-    true = np.count_nonzero(said & (y == 1), axis=0)
     reached = np.ones(p.shape[1], bool)
-    if precision is not None:
-        enough = (precision - 1e-12) * np.count_nonzero(said, axis=0)
-        reached = (true > 0) & (true >= enough)
-    elif recall is not None:
-        reached = true >= (recall - 1e-12) * positives
+    if precision is not None or recall is not None:
+        reached = reaches(np.arange(p.shape[1]), thresholds)
+        for c in np.flatnonzero(~reached & (positives >= max(shrink, 1))):
+            found = _best(entries((slice(None), c), np.ones(1)), *criterion)
+            alone = np.array([found], np.float32)
+            if reaches(np.array([c]), alone)[0]:
+                thresholds[c], reached[c] = alone[0], True
     return Choice(thresholds, overall, reached | (positives == 0))
 
 

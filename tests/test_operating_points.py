@@ -77,6 +77,22 @@ def test_reached_is_said_of_the_thresholds_that_are_given():
                 assert found.reached[c] == (right > 0 and right >= 0.8 * of - 1e-9)
 
 
+@pytest.mark.parametrize("goal", ["precision", "recall"])
+def test_what_is_wanted_is_given_by_every_class_that_can(goal):
+    """But for those with less than `shrink` positives, which lean on the others."""
+    leaning = 0
+    for seed in range(5):
+        p, y = some(seed, images=100, classes=8)
+        y[:, 6:][y[:, 6:] == 1] = 0
+        y[:5, 6:] = 1
+        found, alone = (choose(p, y, **{goal: 0.85}, shrink=s) for s in (10, 0))
+        enough = (y == 1).sum(0) >= 10
+        assert (found.reached >= alone.reached)[enough].all()
+        leaning += (found.thresholds != alone.thresholds)[enough].sum()
+        assert (found.thresholds != alone.thresholds)[~enough].all()
+    assert leaning
+
+
 @pytest.mark.parametrize("wanted", [0.3, 0.8, 1.0])
 def test_a_wanted_recall_with_the_most_precision(wanted):
     for seed in range(5):
