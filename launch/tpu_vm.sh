@@ -34,6 +34,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
         --version) version=${2:?--version needs a value} && shift 2 ;;
         --worker) worker=${2:?--worker needs a value} && shift 2 ;;
         --spot) spot=1 && shift ;;
+        --dry-run) dry=1 && shift ;;
         *) echo "error: unknown option $1" >&2 && usage ;;
     esac
 done

@@ -63,6 +63,10 @@ def test_tpu_vm_prints_its_commands():
             "--version=v2-alpha-tpuv5-lite --spot --zone=z"
         ).split()
     )
+    (delete,) = bash(LAUNCH / "tpu_vm.sh", "delete", "it", "--dry-run").stdout.split(
+        "\n"
+    )[:-1]
+    assert delete.startswith("gcloud compute tpus tpu-vm delete it")
     copy, install, start = tpu("run", "slice", "--", "--workdir", "/mnt/my runs")
     assert copy.startswith("gcloud compute tpus tpu-vm scp ") and "--worker=all" in copy
     assert "tpu_host.sh install" in install.replace("\\", "")

@@ -111,6 +111,22 @@ def test_help_imports_nothing_heavy():
     assert float(seconds) < 1  # all of them: 0.2 s
 
 
+def test_tensorflow_comes_without_keras_and_keras_when_it_is_asked_for():
+    code = (
+        "import sys, mljax\n"
+        "mljax.main.load_tensorflow()\n"
+        "assert 'tensorflow' in sys.modules and 'keras' not in sys.modules\n"
+        "assert sys.modules['tensorflow'].keras.layers.Dense\n"
+        "print(mljax.metrics.mean_average_precision([[1.0]], [[1]]))\n"
+        "try: mljax.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "1.0\nmljax has no 'nothing'\n", done.stderr
+
+
 @pytest.mark.skipif(
     not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc",
     reason="only glibc's allocator is set up",
