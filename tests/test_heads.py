@@ -1,5 +1,7 @@
 """Linear and cosine heads against golden numbers and their definitions."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,14 +103,31 @@ def test_normalise_has_finite_gradients(scale):
 
 
 @pytest.mark.parametrize("angular", [False, True])
-def test_whole_classifier_golden(angular):
-    """The PyTorch implementation's own wrapper: pooling, conv_head, classifier."""
+@pytest.mark.parametrize(
+    ("name", "backbone", "gain"),
+    [
+        ("mobilenetv3_large_21k", "mobilenetv3_large_100", 1.75),
+        ("efficientnetv2_s_21k", "tf_efficientnetv2_s", 1.4),
+        ("resnet101", "resnet101", 1.0),
+    ],
+)
+def test_whole_classifier_golden(name, backbone, gain, angular):
+    """The PyTorch implementation's own wrapper: pooling, conv_head, classifier.
+
+    With all tensors that it saves, those included which it does not use.
+    """
     golden = np.load(shared("golden/backbones.npz"))
     loss = "am_binary" if angular else "asl"
-    expected = golden[f"wrapper/mobilenetv3_large_21k/{loss}/logits"]
-    model = build_model(get_config().model, 20, angular=angular, rngs=nnx.Rngs(0))
+    expected = golden[f"wrapper/{name}/{loss}/logits"]
+    config = get_config().model
+    config.backbone = backbone
+    model = build_model(config, 20, angular=angular, rngs=nnx.Rngs(0))
     shapes = {k: v.shape for k, v in import_torch.export(model).items()}
-    import_torch.load(model, golden_weights(shapes, gain=1.75))
+    stored = json.loads(shared("golden/state_dicts_timm0613.json").read_text())
+    heads = stored[f"wrapper/{name}/{loss}"]["state_dict"]
+    shapes = {k: v for k, v in shapes.items() if not k.startswith(("fc", "classifier"))}
+    shapes |= {k: tuple(v) for k, v in heads}
+    import_torch.load(model, golden_weights(shapes, gain))
     image = np.random.default_rng(123).standard_normal((2, 3, 96, 96))
     images = jnp.asarray(image.transpose(0, 2, 3, 1), jnp.float32)
     graph, state = nnx.split(model)
