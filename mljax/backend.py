@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from mljax.errors import UserError
+from mljax.errors import Temporary
 
 _SHORTEST = 0.2  # seconds: what compiles faster is not worth a file
 
@@ -51,14 +51,16 @@ def check_no_worse(path: str | Path, before: str | None) -> None:
         before: the platform that its last step was computed on, or None (unknown).
 
     Raises:
-        UserError: it was another than "cpu", which is what there is now.
+        Temporary: it was another than "cpu", which is what there is now.
     """
     if before in (None, "cpu") or jax.default_backend() != "cpu":
         return
     asked = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
-    if asked.split(",")[0] != "cpu":  # JAX_PLATFORMS does that, too
+    asked = asked or os.environ.get("JAX_PLATFORM_NAME", "")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if asked.split(",")[0] != "cpu" and not hidden:  # JAX_PLATFORMS does that, too
         extra = {"gpu": "cuda"}.get(before, before)
-        raise UserError(
+        raise Temporary(  # another machine of the cluster may have it
             f"{path}: was computed on a {before.upper()} so far, and JAX finds only a "
             f"CPU here: is its driver there, and mljax installed with [{extra}]? With "
             "JAX_PLATFORMS=cpu before the command it goes on on the CPU"

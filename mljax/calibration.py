@@ -159,7 +159,7 @@ def _columns(table: NDArray, columns: Any) -> NDArray:
 
 def _of_all(z: NDArray, y: NDArray, with_bias: bool) -> tuple[float, float]:
     """(scale, bias) of all entries [num_images, num_classes] as one."""
-    parts = blocks(*z.shape)
+    parts = blocks(*z.shape) or [slice(0)]
 
     def part(rows: slice) -> _Entries:
         return _Entries(z[rows].reshape(1, -1), y[rows].reshape(1, -1))
@@ -168,7 +168,7 @@ def _of_all(z: NDArray, y: NDArray, with_bias: bool) -> tuple[float, float]:
 
         def over_all(of_part: Callable[[_Entries], NDArray]) -> NDArray:
             each = threads.map(lambda rows: of_part(part(rows)), parts)
-            return sum(each, np.zeros((1, 1)))
+            return sum(each, start=np.zeros(()))
 
         counts = over_all(_Entries.counts)
         a, b = _newton(

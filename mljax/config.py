@@ -129,15 +129,12 @@ def validate(config: ConfigDict, chosen: Collection[str] | None = None) -> None:
         rule = rule_of(key, value)
         if rule and not rule[0](value):
             raise UserError(f"config.{key} = {value!r}: must be {rule[1]}")
-    size = config.data.image_size
-    sides = size if isinstance(size, tuple) else (size,)
-    for name, unit in SIDES.items():
-        of_it = config.model.backbone.startswith(name)
-        if of_it and any(side % unit for side in sides):
-            raise UserError(
-                f"config.data.image_size = {size}: must be divisible by {unit} for "
-                f"{config.model.backbone}"
-            )
+    size, unit = config.data.image_size, SIDES.get(config.model.backbone, 1)
+    if any(side % unit for side in (size if isinstance(size, tuple) else (size,))):
+        raise UserError(
+            f"config.data.image_size = {size}: must be divisible by {unit} for "
+            f"{config.model.backbone}"
+        )
     parts = config.optim.accumulate
     if config.batch_size % parts:
         raise UserError(

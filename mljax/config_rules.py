@@ -88,8 +88,11 @@ NAMES = {
 SIZES = ("data.image_size",)
 _SIZE: Rule = (_is_size, f"16 to {_PIXELS} (pixels), one number or height,width")
 
-# Of the backbones that begin so: what the sides of their pictures are divisible by.
-SIDES = {"vit_": 16, "tresnet_": 4}
+# What the sides of a backbone's pictures must be divisible by.
+SIDES = {
+    **{f"vit_{size}_patch16_224": 16 for size in ("tiny", "small", "base")},
+    **dict.fromkeys(("tresnet_m", "tresnet_l", "tresnet_v2_l"), 4),
+}
 
 # Names of backbones, heads, losses and data sets are checked where they are looked up.
 RULES: dict[str, Rule] = {

@@ -18,17 +18,6 @@ PyTree = Any
 Passes = Callable[..., tuple[jax.Array, PyTree, PyTree]]
 
 
-def at_once(groups: int, mesh: Mesh) -> int:
-    """How many parts are computed side by side: FLOPs of a step are counted of one."""
-    return _places(groups, mesh)[1] if groups > 1 else 1
-
-
-def _places(groups: int, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """The axes over which the parts are spread, and how many places those have."""
-    axes: tuple[str, ...] = AXES if groups % mesh.size == 0 else AXES[:1]
-    return axes, math.prod(mesh.shape[axis] for axis in axes)
-
-
 def over_devices(groups: int, mesh: Mesh, is_mean: bool) -> Callable[[Passes], Passes]:
     """Makes of a computation on a batch one on `groups` parts of it.
 
@@ -51,7 +40,10 @@ def over_devices(groups: int, mesh: Mesh, is_mean: bool) -> Callable[[Passes], P
     Raises:
         UserError: the parts would be cut by the borders between devices.
     """
-    axes, apart = _places(groups, mesh)
+    axes: tuple[str, ...] = AXES
+    if groups % mesh.size:
+        axes = AXES[:1]
+    apart = math.prod(mesh.shape[axis] for axis in axes)
     if groups % apart:
         raise UserError(
             f"config.sam.groups = {groups}: must be a multiple of the {mesh.size} "

@@ -162,26 +162,32 @@ def _start(args: argparse.Namespace, config: ConfigDict) -> None:
                 initialization_timeout=config.start_timeout + _LONGER,
                 heartbeat_timeout_seconds=config.heartbeat_timeout,
             )
-    except (RuntimeError, OSError) as error:  # OSError: of what knows the others
-        if not given and method is None and "before any JAX calls" in str(error):
-            return  # a program that has computed something already: it is alone
-        if "INVALID_ARGUMENT" in str(error):
+    except Exception as error:  # those of what knows the others are of many kinds
+        text, by_itself = str(error), not given and method is None
+        is_fault = isinstance(error, RuntimeError | OSError)
+        no_cluster = "coordinator_address" in text and not is_fault
+        if by_itself and (no_cluster or _is_own_pod()):
+            return _check_alone()  # an ordinary program
+        if by_itself and "before any JAX calls" in text:
+            return  # it has computed something already: it is alone
+        if not is_fault:
+            raise UserError(
+                f"the other processes cannot be found ({_short(error)}): give "
+                "--coordinator, --num-processes and --process-id, or --cluster=none"
+            ) from error
+        if "INVALID_ARGUMENT" in text:
             raise UserError(f"{late} ({_short(error)}): {hint}") from error
         # One died meanwhile, or what it held is not free yet.
         failed = f"error: no connection of all processes at {address}"
         raise Stopped(f"{failed} ({_short(error)}): {hint}", RESTART) from error
-    except Exception as error:  # those of what knows the others are of many kinds
-        by_itself = not given and method is None
-        if by_itself and "coordinator_address" in str(error):
-            _check_alone()
-            return  # no cluster: an ordinary program
-        pod = "KUBERNETES_SERVICE_HOST" in os.environ
-        if by_itself and pod and "JOB_COMPLETION_INDEX" not in os.environ:
-            return  # a pod of its own, of no indexed job
-        raise UserError(
-            f"the other processes cannot be found ({_short(error)}): give "
-            "--coordinator, --num-processes and --process-id, or --cluster=none"
-        ) from error
+
+
+def _is_own_pod() -> bool:
+    """Whether this is a pod of Kubernetes with no others: JAX takes every pod for one
+    of an indexed job, where the package kubernetes is there."""
+    in_group = {"JOB_COMPLETION_INDEX", "SLURM_JOB_ID"} & os.environ.keys()
+    in_slice = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "KUBERNETES_SERVICE_HOST" in os.environ and not in_group and not in_slice
 
 
 def _check_alone() -> None:

@@ -5,9 +5,11 @@ Heavy imports wait until the flags and the config are known to be right, so that
 """
 
 import argparse
+import importlib.util
 import io
 import os
 import sys
+import types
 import warnings
 from collections.abc import Callable, Collection, Sequence
 
@@ -113,13 +115,16 @@ def quiet() -> None:
 
 def load_tensorflow() -> None:
     """Without Keras, which it imports on the way: a second, or two, for nothing."""
-    if {"tensorflow", "keras"} & set(sys.modules):
+    found = importlib.util.find_spec("keras")
+    if found is None or {"tensorflow", "keras"} & set(sys.modules):
         return
-    sys.modules["keras"] = None  # type: ignore[assignment]
+    # TensorFlow asks where Keras is, and does without what cannot be imported of it.
+    sys.modules["keras"] = empty = types.ModuleType("keras")
+    empty.__spec__ = found
     try:
         import tensorflow  # noqa: F401
     finally:
-        del sys.modules["keras"]  # `tf.keras` is there for who asks for it
+        del sys.modules["keras"]  # it is there for who asks for it later
 
 
 def run(args: argparse.Namespace) -> None:

@@ -152,7 +152,8 @@ class Terminal:
             left = (self.total_steps - at) * found["step_ms"] / 1e3
             line += f"  {found['images_per_second']:.0f} images/s"
             if self.speed.devices > 1:
-                line += f" ({found['images_per_second_per_device']:.3g} a device)"
+                each = found["images_per_second_per_device"]
+                line += f" ({each:.{1 if each < 10 else 0}f} a device)"
             line += f"  {_clock(left)} left  {speed.text(found)}"
         self.say(line)
         if self._writer:

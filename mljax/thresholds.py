@@ -184,7 +184,8 @@ def run(args: argparse.Namespace) -> None:
     # Of many images with many labels the rest takes an hour.
     written = decision.save(step, names, decided._replace(about=about))
     print(f"chosen on {len(logits)} images ({source}) for {wanted}")
-    print(_class_table(names, decided, choice, logits, labels), flush=True)
+    print(_class_table(names, decided, choice, logits, labels))
+    print(f"written: {written}", flush=True)
     try:
         found = measure(logits, labels, choose, args.splits, args.seed)
         means = {k: v.mean(0).tolist() for k, v in found.items()}
@@ -195,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         table = f"what is gained could not be measured on halves of them: {error}"
     about |= {"splits": args.splits, **gains}
     decision.save(step, names, decided._replace(about=about))
-    print(f"{table}\nwritten: {written}")
+    print(table)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,8 @@ class Setup(NamedTuple):
         initial: gives the state of step 0, on the devices.
         seed: int32 scalar, an input of the steps: all seeds share their programs.
         place: a batch of the pipeline -> on the devices, as the steps take it.
-        step_at: number of a step, from 1 on -> (state, batch, seed) -> (state,
-            metrics), jitted; the state is donated.
+        step_at: number of a step, from 1 on (and whether SAM has its groups: true) ->
+            (state, batch, seed) -> (state, metrics), jitted; the state is donated.
     """
 
     sources: Sources
@@ -76,7 +76,7 @@ class Setup(NamedTuple):
     initial: Callable[[], step.TrainState]
     seed: jax.Array
     place: Callable[[Any], Any]
-    step_at: Callable[[int], Callable[..., Any]]
+    step_at: Callable[..., Callable[..., Any]]
 
 
 def setup(
@@ -144,10 +144,17 @@ def setup(
         is_mean = config.loss.reduction == "mean"
         sam_groups = groups.over_devices(config.sam.groups, run.mesh, is_mean)
 
-    def compiled(frozen: Any, full: bool) -> Any:
+    parts = config.optim.freeze
+    frozen = finetune.frozen_parameters(params, parts) if parts else None
+    frozen_until = (thaw_step or math.inf) if parts else 0
+
+    # Programs of their own, compiled at their first step: nothing is computed for what
+    # is frozen, nor for a perturbation in a step that has none.
+    @cache
+    def program(is_frozen: bool, full: bool, in_groups: bool) -> Any:
         make = partial(
             step.make_train_step,
-            run.train_apply(frozen is not None),
+            run.train_apply(is_frozen),
             loss_fn,
             optimizer,
             make_augment(config),
@@ -155,14 +162,14 @@ def setup(
             sam_rho=config.sam.rho if full else 0.0,
             sam_adaptive=config.sam.adaptive,
             sam_update_stats=config.sam.update_stats,
-            sam_groups=sam_groups,
+            sam_groups=sam_groups if in_groups else None,
             sam_every_images=config.sam.every_images,
             sam_by_momentum=config.sam.direction == "momentum",
             sam_reuse=0.0 if full else config.sam.reuse,
             ema_decay=ema_decay,
             accumulate=config.optim.accumulate,
             clip_norm=config.optim.clip_norm,
-            frozen=frozen,
+            frozen=frozen if is_frozen else None,
             is_pair=run.is_pair,
             mesh=sharding.gathered_on(run.mesh),
         )
@@ -177,16 +184,9 @@ def setup(
             donate_argnums=0,
         )
 
-    # Programs of their own, compiled at their first step: nothing is computed for what
-    # is frozen, nor for a perturbation in a step that has none.
-    programs = {(False, full): compiled(None, full) for full in (True, False)}
-    frozen_until = (thaw_step or math.inf) if config.optim.freeze else 0
-    if config.optim.freeze:
-        frozen = finetune.frozen_parameters(params, config.optim.freeze)
-        programs |= {(True, full): compiled(frozen, full) for full in (True, False)}
-
-    def step_at(at: int) -> Callable[..., Any]:
-        return programs[at <= frozen_until, sam.is_full(at, config.sam.every_steps)]
+    def step_at(at: int, in_groups: bool = True) -> Callable[..., Any]:
+        full = sam.is_full(at, config.sam.every_steps)
+        return program(at <= frozen_until, full, in_groups or sam_groups is None)
 
     return Setup(
         sources=sources,
@@ -259,10 +259,11 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
     progress = Progress()
     if start:
         saved = last.about(start)
-        backend.check_no_worse(path, saved.get("platform"))
         workdir.check_same_data(path, saved, about)
         progress = Progress.from_dict(hosts.of_first(saved["progress"]))
         progress.go_on(config.train.patience)
+        if start < total_steps and not progress.stopped:
+            backend.check_no_worse(path, saved.get("platform"))
         state = last.load(start, made.state)
     else:
         workdir.check_nothing_lost(folder)
@@ -360,9 +361,9 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
                     terminal.thawed()
                 if jax.process_index() == 0 and at in (start + 1, made.thaw_step + 1):
                     alike = speed.period(at, config.sam.every_steps, made.thaw_step)
-                    steps = [made.step_at(i) for i in alike]
+                    # Of SAM's groups those of one device alone would be counted.
+                    steps = [made.step_at(i, in_groups=False) for i in alike]
                     flops = speed.mean_flops(steps, made.state, placed, made.seed)
-                    flops *= groups.at_once(config.sam.groups, run.mesh)
                     terminal.speed.flops = flops
                 terminal.restart_clock()
 

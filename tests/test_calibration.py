@@ -1,14 +1,40 @@
 """Calibration: known scales come back, and the error is what it is by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from mljax import calibration
 from mljax.calibration import (
+    METHODS,
     calibration_error,
     class_calibration_error,
     fit,
 )
+
+
+def test_small_parts_change_nothing(monkeypatch):
+    z, y = drawn([0.5, 1.0, 2.0], [-1.0, 0.0, 1.0], images=300)
+    y[::7] = -1
+
+    def all_of_it():
+        for method, per_class in itertools.product(METHODS, (False, True)):
+            found = fit(z, y, method=method, per_class=per_class)
+            p = found.probabilities(z)
+            yield *found, p, calibration_error(p, y), class_calibration_error(p, y)
+
+    whole = list(all_of_it())
+    monkeypatch.setattr(calibration, "_BLOCK", 7)
+    for found, parts in zip(whole, all_of_it(), strict=True):
+        for one, other in zip(found, parts, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_no_images():
+    none = np.zeros((0, 3))
+    assert (fit(none, none, method="temperature", per_class=True).scale == 1).all()
 
 
 def drawn(scale, bias, images=20_000, classes=3, seed=0):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mljax import evaluate, groups, sharding, speed
+from mljax import evaluate, sharding, speed
 from mljax.terminal import nan_note
 
 
@@ -36,28 +36,24 @@ def test_outputs_that_are_no_numbers_rank_last():
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_flops_are_counted_for_every_device(counts, monkeypatch):
+def test_flops_are_counted_of_all_devices(counts, monkeypatch):
     """counts: whether the client of the devices does; those for GPUs do not."""
     if not counts:
         monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda _: None)
     mesh, x = sharding.make_mesh(), jnp.ones((16, 8))
-    rows = sharding.batch_sharding(mesh)
+    places = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    program = jax.jit(jnp.matmul, in_shardings=places[::-1])
+    flops = speed.mean_flops([program], x, jnp.ones((8, 512)))
+    assert flops == 2 * 16 * 8 * 512
 
-    def passes(w, stats, x, labels, *keys):
-        return jnp.sum(x @ w), w, stats
 
-    def step(w, x):
-        key = jax.random.key(0)
-        return apart(passes)(w, (), x, x, key, key)
-
-    for wanted in 8, 16:
-        apart = groups.over_devices(wanted, mesh, False)
-        program = jax.jit(step, in_shardings=(sharding.replicated(mesh), rows))
-        flops = speed.mean_flops([program], jnp.ones((8, 512)), x)
-        # The product of all rows; adding things up is less.
-        assert flops * groups.at_once(wanted, mesh) > 2 * 16 * 8 * 512
-        assert flops < 2 * 16 * 8 * 512
-    assert groups.at_once(1, mesh) == 1
+def test_blocks_of_probabilities(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (20, 4)).astype(np.int8)
+    outputs = rng.normal(size=(20, 4)).astype(np.float32)
+    whole = evaluate.report(scores(outputs, labels), jax.nn.sigmoid)
+    monkeypatch.setattr(evaluate, "_BLOCK", 13)
+    assert evaluate.report(scores(outputs, labels), jax.nn.sigmoid) == whole
 
 
 def test_flops_are_those_of_steps_alike():

@@ -185,6 +185,12 @@ NOBODY = ValueError("coordinator_address should be defined.")
         ({"PMI_SIZE": "2"}, NOBODY, "PMI_SIZE=2.*--num-processes=2"),
         # Where the package kubernetes is there, JAX takes every pod for one of a job.
         ({"KUBERNETES_SERVICE_HOST": "a"}, TypeError("None"), None),
+        ({"KUBERNETES_SERVICE_HOST": "a"}, RuntimeError("Forbidden"), None),
+        (
+            {"KUBERNETES_SERVICE_HOST": "a", "PMI_SIZE": "4"},
+            RuntimeError("Forbidden"),
+            "PMI_SIZE=4",
+        ),
         (
             {"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "1"},
             TypeError("None"),

@@ -72,23 +72,31 @@ def test_a_finished_run_is_not_evaluated_again(
 
 def test_without_its_gpu_a_run_goes_on_only_if_asked_to(
     settings,  # noqa: F811
+    monkeypatch,
     tmp_path,
 ):
     run = tmp_path / "run"
     settings.epochs = 1
-    train.train(settings, str(run))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 2, signal.SIGTERM)
+        train.train(settings, str(run))
     saved = Checkpoints(run / "checkpoints")
-    assert saved.about(4)["platform"] == "cpu"
-    saved.amend(4, progress=saved.about(4)["progress"], platform="gpu")
+    assert saved.about(2)["platform"] == "cpu"
+    saved.amend(2, progress=saved.about(2)["progress"], platform="gpu")
     before = contents(run)
     jax.config.update("jax_platforms", None)
     try:
         with pytest.raises(UserError, match=r"on a GPU so far.*\[cuda\].*=cpu before"):
             train.train(settings, str(run))
+        assert contents(run) == before
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            train.train(settings, str(run))
+        saved = Checkpoints(run / "checkpoints")
+        saved.amend(4, progress=saved.about(4)["progress"], platform="gpu")
+        train.train(settings, str(run))  # nothing is left to compute
     finally:
-        jax.config.update("jax_platforms", "cpu")  # as JAX_PLATFORMS does
-    assert contents(run) == before
-    train.train(settings, str(run))
+        jax.config.update("jax_platforms", "cpu")
 
 
 def test_val_without_labels_is_not_measured(files, tmp_path, capsys):

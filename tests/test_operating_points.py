@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
+from mljax import calibration
 from mljax.metrics import classification_report
 from mljax.operating_points import choose
+
+
+@pytest.fixture(params=[7, 500_000], autouse=True)
+def of_blocks(request, monkeypatch):
+    """Everything in small parts too, whose borders cut classes and equal values."""
+    monkeypatch.setattr(calibration, "_BLOCK", request.param)
 
 
 def some(seed=0, images=60, classes=5, ties=False):
@@ -206,7 +213,7 @@ def test_probabilities_of_0_and_1():
     ],
 )
 def test_mistakes(options, word):
-    p = options.pop("probabilities", [[0.3, 0.4]])
-    labels = options.pop("labels", [[1, 0]])
+    given = {"probabilities": [[0.3, 0.4]], "labels": [[1, 0]]} | options
+    arrays = {name: np.array(given.pop(name)) for name in ("probabilities", "labels")}
     with pytest.raises(ValueError, match=word):
-        choose(np.array(p), np.array(labels), **options)
+        choose(**arrays, **given)

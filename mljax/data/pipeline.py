@@ -7,6 +7,7 @@ what is cheap there happens on the device (`augment`).
 """
 
 import atexit
+import contextlib
 import functools
 import os
 import weakref
@@ -34,7 +35,8 @@ def _end_all() -> None:
     """TensorFlow's threads ask Python for the rows of a step. Once Python is on its
     way out it ends threads that do so, and whoever waits for them waits for ever."""
     for batches in list(_running):
-        batches.close()
+        with contextlib.suppress(ValueError):  # another thread is in it
+            batches.close()
 
 
 class Rows(NamedTuple):

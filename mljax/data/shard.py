@@ -20,9 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mljax import config as configs
 from mljax import main as program
 from mljax.errors import UserError
+
+# Settings that act when shards are written, whatever the head.
+_OF_GRAPH = [
+    f"model.graph.{key}"
+    for key in ("adjacency", "by_occurrences", "embeddings", "embedding_dim")
+] + ["model.graph.embedding_std"]
 
 if TYPE_CHECKING:
     from mljax.data.source import Source
@@ -51,9 +56,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: the data cannot be read, or the folder holds something else or
             cannot be written.
     """
-    known = configs.flatten(configs.common())
-    acting = [key for key in known if key.startswith("model.graph.")]
-    config = program.read_config(args, acting)
+    config = program.read_config(args, _OF_GRAPH)
     if args.images_per_shard < 1:
         raise UserError(f"--images-per-shard={args.images_per_shard}: must be above 0")
     # Imported late: TensorFlow takes seconds, and a typing mistake is answered at once.
