@@ -40,7 +40,7 @@ def compute_inline() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def check_no_worse(path: str | Path, before: str | None) -> None:
+def check_platform(path: str | Path, before: str | None) -> None:
     """A run of a GPU or TPU does not go on on a CPU unless that is asked for.
 
     JAX falls back on the CPU where a driver does not start; days later a restarted run

@@ -263,7 +263,7 @@ def _train(config: ConfigDict, path: str, lock: workdir.Lock) -> dict[str, Any]:
         progress = Progress.from_dict(hosts.of_first(saved["progress"]))
         progress.go_on(config.train.patience)
         if start < total_steps and not progress.stopped:
-            backend.check_no_worse(path, saved.get("platform"))
+            backend.check_platform(path, saved.get("platform"))
         state = last.load(start, made.state)
     else:
         workdir.check_nothing_lost(folder)

@@ -25,6 +25,12 @@ def files(settings, tmp_path):  # noqa: F811
     return settings
 
 
+def stop(settings, monkeypatch, run, at):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, at, signal.SIGTERM)
+        train.train(settings, str(run))
+
+
 def contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -58,9 +64,7 @@ def test_a_finished_run_is_not_evaluated_again(
     """Stopped at its last step, whose evaluation the next start has done."""
     run = tmp_path / "run"
     settings.epochs = 1
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 4, signal.SIGTERM)
-        train.train(settings, str(run))
+    stop(settings, monkeypatch, run, at=4)
     train.train(settings, str(run))
     assert "epoch 1: mAP" in capsys.readouterr().out
     (run / "best" / "4" / "thresholds.json").write_text("{}")
@@ -77,9 +81,7 @@ def test_without_its_gpu_a_run_goes_on_only_if_asked_to(
 ):
     run = tmp_path / "run"
     settings.epochs = 1
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 2, signal.SIGTERM)
-        train.train(settings, str(run))
+    stop(settings, monkeypatch, run, at=2)
     saved = Checkpoints(run / "checkpoints")
     assert saved.about(2)["platform"] == "cpu"
     saved.amend(2, progress=saved.about(2)["progress"], platform="gpu")

@@ -24,10 +24,10 @@ from mljax import main as program
 from mljax.errors import UserError
 
 # Settings that act when shards are written, whatever the head.
-_OF_GRAPH = [
-    f"model.graph.{key}"
-    for key in ("adjacency", "by_occurrences", "embeddings", "embedding_dim")
-] + ["model.graph.embedding_std"]
+_OF_GRAPH = (
+    *("model.graph.adjacency", "model.graph.by_occurrences", "model.graph.embeddings"),
+    *("model.graph.embedding_dim", "model.graph.embedding_std"),
+)
 
 if TYPE_CHECKING:
     from mljax.data.source import Source
