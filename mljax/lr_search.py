@@ -3,6 +3,7 @@
 import math
 import sqlite3
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,7 @@ def by_trials(
         "lr" of the best trial, its "mAP", and "judged_on".
 
     Raises:
-        UserError: every trial diverged.
+        UserError: every trial diverged, or their storage fails.
     """
     low, high, count = settings["min"], settings["max"], settings["trials"]
     epochs, judge = settings["epochs"], search.made.chosen_on
@@ -186,15 +187,14 @@ def by_trials(
     advice = "; data.holdout judges on a part of train instead"
     held_out = search.made.sources.holdout is not None
     print(f"judged on {judge}{'' if held_out else advice}", flush=True)
-    study = Study(folder, low, high, search.config.seed)
-    while len(trials := study.trials()) < count:
-        trial = study.ask(first)
-        print(
-            f"trial {len(trials) + 1}/{count}: lr {trial.user_attrs['lr']:g}",
-            flush=True,
-        )
-        study.tell(trial, run_trial(search, trial))
-        workdir.write_text(folder / "trials.csv", csv(study.trials(), epochs))
+    with _storage(folder / STUDY):
+        study = Study(folder, low, high, search.config.seed)
+        while len(trials := study.trials()) < count:
+            trial = study.ask(first)
+            lr = trial.user_attrs["lr"]
+            print(f"trial {len(trials) + 1}/{count}: lr {lr:g}", flush=True)
+            study.tell(trial, run_trial(search, trial))
+            workdir.write_text(folder / "trials.csv", csv(study.trials(), epochs))
     trials = sorted(trials, key=lambda trial: -trial.best)
     print("\n".join(["", f"{'lr':<10} mAP after each epoch", *map(describe, trials)]))
     # One that was cut off has not shown what it can do.
@@ -205,6 +205,24 @@ def by_trials(
     title = f"{search.title()}, {epochs} epochs"
     draw_trials(folder / "trials.png", trials, best, title)
     return {"lr": best.lr, "mAP": best.best, "judged_on": judge}
+
+
+@contextmanager
+def _storage(file: Path) -> Iterator[None]:
+    """What goes wrong with Optuna's storage as one line."""
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (OptunaError, SQLAlchemyError, sqlite3.Error) as error:
+        cause = error
+        while isinstance(cause.__cause__, Exception):  # of what each has wrapped
+            cause = cause.__cause__
+        raise UserError(
+            f"{file}: the trials cannot be read or written ({cause}); if the disk is "
+            "not full and the folder may be written to, delete this file to begin anew"
+        ) from None
 
 
 class Trial(NamedTuple):
