@@ -82,13 +82,24 @@ def test_map_and_gradients(name, monkeypatch):
     check_gradients(name, GAIN, arrays, reference("timm1019", name)["grad_l2"])
 
 
-def test_map_of_an_original_checkpoint(original, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "shape", "seed"),
+    [
+        ("fmap_128x64", (1, 3, 128, 64), 321),
+        pytest.param("fmap", (2, 3, 96, 96), 123, marks=pytest.mark.slow),
+    ],
+)
+def test_map_of_an_original_checkpoint(name, shape, seed, original, monkeypatch):
     compile_blocks(monkeypatch)
     model = golden_backbone("tresnet_v2_l", GAIN)
     import_torch.load(model, original)
-    fmap = nchw(model(image((1, 3, 128, 64), 321)))
-    expected = golden(f"{ORIGINAL}/fmap_128x64", "backbones")
-    np.testing.assert_allclose(fmap, expected, rtol=0, atol=1e-3 * expected.std())
+    fmap = nchw(model(image(shape, seed)))
+    found = {name: fmap}
+    if name == "fmap":
+        found["pooled"] = fmap.mean((2, 3))
+    for key, value in found.items():
+        expected = golden(f"{ORIGINAL}/{key}", "backbones")
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-3 * expected.std())
 
 
 def test_original_names_and_weights_round_trip(original):
