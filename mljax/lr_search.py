@@ -216,8 +216,8 @@ def _storage(file: Path) -> Iterator[None]:
     try:
         yield
     except (OptunaError, SQLAlchemyError, sqlite3.Error) as error:
-        cause = error
-        while isinstance(cause.__cause__, Exception):  # of what each has wrapped
+        cause: BaseException = error
+        while cause.__cause__:  # what each has wrapped
             cause = cause.__cause__
         raise UserError(
             f"{file}: the trials cannot be read or written ({cause}); if the disk is "

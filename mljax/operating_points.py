@@ -90,11 +90,11 @@ def choose(
         expected = _expected(p, y, shrink)
 
     def entries(part: Any, share: NDArray = share) -> NDArray:
-        """The annotated entries of a part of the table, see `_pack`."""
+        """The annotated entries of a part of the table, see `pack`."""
         known = y[part] != -1
         of_class = np.broadcast_to(share, y.shape)[part][known]
         counted = of_class * (y[part][known] == 1)
-        return _pack(p[part][known], counted + (1 - of_class) * expected[part][known])
+        return pack(p[part][known], counted + (1 - of_class) * expected[part][known])
 
     def reaches(classes: NDArray, thresholds: NDArray) -> NDArray:
         """Whether they give the wanted precision or recall, by the labels."""
@@ -146,7 +146,7 @@ def _expected(p: NDArray, y: NDArray, shrink: float) -> NDArray:
         return (y == 1).astype(np.float32)
 
 
-def _pack(p: NDArray, counted: NDArray) -> NDArray:
+def pack(p: NDArray, counted: NDArray) -> NDArray:
     """Probabilities of float32 and how much of a positive each is, [n], as one number
     of uint64: sorted, the highest probability comes first."""
     # Bits of floats that are not negative (-0 + 0 = 0) have their order.
@@ -154,7 +154,7 @@ def _pack(p: NDArray, counted: NDArray) -> NDArray:
     return (order.astype(np.uint64) << 32) | counted.astype(np.float32).view(np.uint32)
 
 
-def _unpack(packed: NDArray) -> tuple[NDArray, NDArray]:
+def unpack(packed: NDArray) -> tuple[NDArray, NDArray]:
     high, low = (packed >> 32).astype(np.uint32), packed.astype(np.uint32)
     return (~high).view(np.float32), low.view(np.float32)
 
@@ -165,18 +165,18 @@ def _best(
     precision: float | None,
     recall: float | None,
 ) -> float:
-    """The threshold for the entries [n] of `_pack`, which it sorts.
+    """The threshold for the entries [n] of `pack`, which it sorts.
 
     0.5 where nothing can be chosen: all probabilities are 0.
     """
     packed.sort()
     parts = [packed[part] for part in blocks(len(packed), 1)]
-    positives = sum(_unpack(part)[1].sum(dtype=np.float64) for part in parts)
+    positives = sum(unpack(part)[1].sum(dtype=np.float64) for part in parts)
     best, threshold = (False, -np.inf), 0.5
     true_before = said_before = 0.0
     for part, after in zip(parts, [*parts[1:], None], strict=True):
-        p, counted = _unpack(part)
-        next_p = np.float32(0) if after is None else _unpack(after[:1])[0][0]
+        p, counted = unpack(part)
+        next_p = np.float32(0) if after is None else unpack(after[:1])[0][0]
         following = np.append(p[1:], next_p)
         last = np.flatnonzero(p > following)  # of each group of equal ones
         true = true_before + np.cumsum(counted, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The report: its numbers against scikit-learn, and the page from work directories."""
+"""The report: the page from work directories."""
 
 import html
 import json
@@ -26,81 +26,6 @@ from mljax import (
 from mljax.metrics import classification_report
 from mljax.models.functional import split
 from mljax.report import __main__ as report
-from mljax.report import numbers
-
-
-def drawn(images: int = 200, classes: int = 6):
-    """Probabilities with ties and labels that follow them, some unknown."""
-    rng = np.random.default_rng(0)
-    p = np.round(rng.random((images, classes)), 2).astype(np.float32)
-    labels = (rng.random(p.shape) < p**2).astype(np.int8)
-    labels[rng.random(p.shape) < 0.1] = -1
-    return p, labels
-
-
-def test_curve_is_that_of_scikit_learn():
-    p, labels = drawn()
-    found = numbers.curve(p[:, 0], labels[:, 0])
-    known = labels[:, 0] != -1
-    precision, recall, threshold = sk.precision_recall_curve(
-        labels[known, 0], p[known, 0]
-    )
-    np.testing.assert_allclose(found.threshold, threshold[::-1])
-    np.testing.assert_allclose(found.precision, precision[:-1][::-1])
-    np.testing.assert_allclose(found.recall, recall[:-1][::-1])
-    for r in (0.0, 0.31, 1.0):
-        best = max(
-            x for x, at in zip(precision, recall, strict=True) if at >= r and x < 1.1
-        )
-        # scikit-learn adds the point (0, 1), which no threshold gives
-        if r > 0:
-            assert found.at(np.array([r]))[0] == pytest.approx(best)
-    assert numbers.curve(p[:, 0], 0 * labels[:, 0]) is None
-
-
-def test_what_thresholds_give():
-    p, labels = drawn()
-    above = np.linspace(0.2, 0.9, p.shape[1]).astype(np.float32)
-    found = numbers.at_thresholds(p, labels, above)
-    for c, threshold in enumerate(above):
-        known = labels[:, c] != -1
-        y, said = labels[known, c], p[known, c] > threshold
-        precision, recall, f1, _ = sk.precision_recall_fscore_support(
-            y, said, average="binary"
-        )
-        assert [part[c] for part in found] == pytest.approx([precision, recall, f1])
-    everywhere = numbers.at_thresholds(p, labels, 0.5)
-    expected = classification_report(p, labels)
-    assert everywhere.precision.mean() == pytest.approx(expected["CP"])
-    assert everywhere.recall.mean() == pytest.approx(expected["CR"])
-
-
-def test_calibration_by_hand():
-    p = np.array([[0.0, 0.05], [0.5, 1.0], [0.52, 0.9]], np.float32)
-    labels = np.array([[0, 1], [1, 1], [0, -1]])
-    found = numbers.calibration(p, labels, bins=10)
-    np.testing.assert_allclose(found.said, [0.025, 0.51, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(found.true, [0.5, 0.5, 1.0])
-    np.testing.assert_array_equal(found.entries, [2, 2, 1])
-    assert found.error == pytest.approx((2 * 0.475 + 2 * 0.01) / 5)
-    p[0, 0] = np.nan  # counts as 0
-    assert numbers.calibration(p, labels, bins=10).error == found.error
-
-
-def test_confusions_and_most_wrong_by_hand():
-    labels = np.array([[1, 0, 0], [1, 0, -1], [0, 1, 1], [1, 1, 1]])
-    p = np.array([[0.1, 0.9, 0.9], [0.1, 0.8, 0.9], [0.6, 0.2, 0.9], [0.9] * 3])
-    expected = [[0, 2, 1], [1, 0, 0], [0, 0, 0]]
-    np.testing.assert_array_equal(numbers.confusions(p, labels), expected)
-    losses = numbers.entry_losses(p, labels)
-    assert losses[1, 2] == 0 and losses[0, 0] == pytest.approx(-np.log(0.1))
-    np.testing.assert_array_equal(numbers.most_wrong(p, labels, 9), [0, 1, 2])
-    np.testing.assert_array_equal(numbers.most_wrong(p, labels, 1), [0])
-    above = np.array([0.05, 0.95, 0.95])
-    expected = [[0, 0, 0], [1, 0, 0], [1, 0, 0]]
-    np.testing.assert_array_equal(numbers.confusions(p, labels, above), expected)
-    np.testing.assert_array_equal(numbers.most_wrong(p, labels, 9, above), [2, 3])
-
 
 NAMES = ["$x_", "<script>alert(1)</script>", "_hidden", 'a "quoted" & long ' * 3, "été"]
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mljax.calibration import calibration_error
+from mljax.calibration import blocks, calibration_error
+from mljax.operating_points import pack, unpack
 
 BINS = 15  # of probability, for calibration
 GRID = np.linspace(0, 1, 101)  # recalls at which labels' curves are compared
@@ -38,6 +39,36 @@ def curve(scores: np.ndarray, labels: np.ndarray) -> Curve | None:
     last = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # of equal scores
     right, retrieved = np.cumsum(positive)[last], last + 1
     return Curve(right / right[-1], right / retrieved, scores[last])
+
+
+def pooled_curve(p: np.ndarray, labels: np.ndarray, points: int) -> Curve | None:
+    """Of all labels pooled: so many points at most of `curve`, evenly among them.
+
+    Args:
+        p: probabilities, float32 [num_images, num_classes].
+        labels: [num_images, num_classes].
+        points: how many.
+    """
+    entries, length = np.empty(np.count_nonzero(labels != -1), np.uint64), 0
+    for rows in blocks(*p.shape):
+        known = labels[rows] != -1
+        some = pack(p[rows][known], labels[rows][known] == 1)
+        entries[length : length + len(some)] = some
+        length += len(some)
+    entries.sort()
+    positive, ends = np.zeros(length, bool), []
+    for part in blocks(length, 1):
+        positive[part] = unpack(entries[part])[1] > 0
+        high = entries[part.start : part.stop + 1] >> 32  # with the next part's first
+        ends.append(part.start + np.flatnonzero(np.diff(high)))
+    if not positive.any():
+        return None
+    last = np.append(np.concatenate(ends), length - 1)  # of equal scores
+    if len(last) > points:
+        last = last[np.linspace(0, len(last) - 1, points).astype(int)]
+    begin = np.append(0, last[:-1] + 1)
+    right = np.cumsum(np.add.reduceat(positive, begin, dtype=np.int64))
+    return Curve(right / right[-1], right / (last + 1), unpack(entries[last])[0])
 
 
 class Quality(NamedTuple):
@@ -88,14 +119,17 @@ def calibration(p: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibrat
     """
     p = np.nan_to_num(p)
     error = calibration_error(p, labels, bins)
-    known = labels != -1
-    p, y = p[known].astype(np.float64), labels[known] == 1
-    place = np.clip((p * bins).astype(int), 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
+    count, said, true = np.zeros(bins, int), np.zeros(bins), np.zeros(bins)
+    for rows in blocks(*p.shape):
+        known = labels[rows] != -1
+        some, y = p[rows][known].astype(np.float64), labels[rows][known] == 1
+        place = np.clip((some * bins).astype(int), 0, bins - 1)
+        count += np.bincount(place, minlength=bins)
+        said += np.bincount(place, some, bins)
+        true += np.bincount(place, y, bins)
     used = count > 0
-    said = np.bincount(place, p, bins)[used] / count[used]
-    true = np.bincount(place, y, bins)[used] / count[used]
-    return Calibration(said, true, count[used], error)
+    count = count[used]
+    return Calibration(said[used] / count, true[used] / count, count, error)
 
 
 def confusions(
@@ -135,7 +169,10 @@ def most_wrong(
     Only images in which something known is wrong at the threshold: one number, or
     [num_classes].
     """
-    wrong = ((p > threshold) != (labels == 1)) & (labels != -1)
-    loss = np.where(wrong.any(1), entry_losses(p, labels).sum(1), -1.0)
+    loss = np.full(len(p), -1.0)
+    for rows in blocks(*p.shape):
+        some, y = p[rows], labels[rows]
+        wrong = (((some > threshold) != (y == 1)) & (y != -1)).any(1)
+        loss[rows] = np.where(wrong, entry_losses(some, y).sum(1), -1.0)
     order = np.argsort(-loss, kind="stable")[:count]
     return order[loss[order] >= 0]

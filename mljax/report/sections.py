@@ -234,10 +234,9 @@ def precision_and_calibration(runs: Sequence[RunData]) -> Markup:
     series = []
     for i, run in evaluated:
         assert run.evaluation is not None
-        found = numbers.curve(run.evaluation.p, run.evaluation.labels)
+        found = numbers.pooled_curve(run.evaluation.p, run.evaluation.labels, 300)
         if found is not None:
-            keep = np.unique(np.linspace(0, len(found.recall) - 1, 300).astype(int))
-            pooled = 100 * found.recall[keep], 100 * found.precision[keep]
+            pooled = 100 * found.recall, 100 * found.precision
             series.append((run.name, *pooled, charts.SERIES[i % len(charts.SERIES)]))
 
     def precision(axes: Any) -> None:
@@ -317,7 +316,7 @@ def _spread(run: RunData) -> np.ndarray | None:
     """10th, 50th and 90th percentile of the labels' precision at each recall."""
     assert run.evaluation is not None
     p, labels = run.evaluation.p, run.evaluation.labels
-    each = [numbers.curve(p[:, c], labels[:, c]) for c in range(p.shape[1])]
+    each = (numbers.curve(p[:, c], labels[:, c]) for c in range(p.shape[1]))
     at = [points.at(numbers.GRID) for points in each if points is not None]
     return np.percentile(at, (10, 50, 90), axis=0) if len(at) > 4 else None
 
