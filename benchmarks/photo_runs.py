@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def train(
     args: argparse.Namespace, name: str, seed: int, flags: Iterable[str] = ()
 ) -> Run:
-    """A run in args.workdirs/name, begun or resumed; a finished one trains no more."""
+    """A run in args.workdirs/name, begun or resumed; a finished one trains no more.
+
+    SIGTERM and Ctrl-C end the run too: it saves where it is, and the next call
+    resumes it.
+    """
     workdir = args.workdirs / name
     rates = []
     command = [
@@ -52,12 +57,14 @@ def train(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         for line in process.stdout:
             print(f"{name}: {line}", end="", flush=True)
             if line.startswith("step ") and " images/s" in line:
                 rates.append(float(line.split(" images/s")[0].split()[-1]))
+        signal.signal(signal.SIGTERM, before)
     if process.returncode:
-        raise SystemExit(f"{name}: training failed; its message is above")
+        raise SystemExit(f"{name}: training did not end; its message is above")
     best = json.loads((workdir / "metrics.json").read_text())["best"]
     rate = statistics.median(rates) if rates else 0.0
     return Run(workdir, rate, best["mAP"], best["epoch"])
