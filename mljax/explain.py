@@ -26,8 +26,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="DIR", help="work directory, or a step")
     add("--images", required=True, metavar="WHAT", help="as in mljax.predict")
     add("--output", required=True, metavar="FOLDER", help="of the PNGs; made if needed")
-    add("--top", type=int, default=3, help="the likeliest labels (default: 3)")
-    add("--label", action="append", metavar="NAME", help="instead; may be repeated")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--top", type=int, default=3, help="the likeliest labels (default: 3)")
+    which("--label", action="append", metavar="NAME", help="instead; may be repeated")
     add(
         "--method",
         default="auto",
@@ -48,6 +49,8 @@ def output_files(paths: Sequence[str], folder: Path) -> list[Path]:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.output:
+        raise UserError("--output is empty: name a folder (. is this one)")
     paths, folder = find_images(args.images), Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file; name a folder")

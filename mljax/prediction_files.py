@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -56,6 +56,8 @@ def find_images(what: str) -> list[str]:
     Raises:
         UserError: there are none, or a list cannot be read.
     """
+    if not what:
+        raise UserError("--images is empty: name a folder (. is this one) or an image")
     path = Path(what)
     if path.is_dir():
         found = sorted(
@@ -95,7 +97,13 @@ def _files_below(folder: Path) -> Iterator[Path]:
         entered.append(real)
         return True
 
-    for where, folders, files in os.walk(folder, followlinks=True):
+    def cannot_list(error: OSError) -> NoReturn:
+        raise UserError(
+            f"--images {error.filename}: cannot be listed ({error.strerror}); give "
+            "the right to read it, or name the folders beside it"
+        )
+
+    for where, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
         yield from (Path(where, name) for name in files)
         paths = {name: os.path.join(where, name) for name in sorted(folders)}
         folders[:] = [

@@ -206,6 +206,8 @@ def _check(args: argparse.Namespace) -> None:
         wanted = getattr(args, flag)
         if wanted is not None and not 0 < wanted <= 1:
             raise UserError(f"--{flag}={wanted}: must be above 0 and at most 1")
+    if args.seed < 0:
+        raise UserError(f"--seed={args.seed}: must be at least 0")
     if not 0 < args.beta < float("inf"):
         raise UserError(f"--beta={args.beta}: must be above 0 and finite")
     if not 0 <= args.shrink < float("inf"):

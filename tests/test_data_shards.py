@@ -99,6 +99,8 @@ def test_a_finished_folder_is_left_alone(made, capsys):
     assert "complete already" in capsys.readouterr().out
     assert write_shards(files, root, "--images-per-shard=4") == 1
     assert "other images, labels or sizes" in capsys.readouterr().err
+    assert write_shards(files, "") == 1
+    assert "--output is empty" in capsys.readouterr().err
     assert write_shards(files, files) == 1
     assert "is not empty" in capsys.readouterr().err
     assert write_shards(files, files / "train.json") == 1

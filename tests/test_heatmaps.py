@@ -353,6 +353,10 @@ def test_pictures_of_a_folder(workdir, tmp_path, capsys, monkeypatch):
         assert explain.main([*flags[:2], f"--output={tmp_path / 'new'}", flag]) == 1
         assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    assert explain.main([*flags[:2], "--output="]) == 1
+    assert "--output is empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        explain.parse([*flags[:2], "--output=x", "--top=5", "--label=cat"])
 
 
 def test_a_map_lies_where_the_photo_was_seen():

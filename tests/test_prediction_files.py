@@ -1,11 +1,14 @@
 """Which images a folder stands for, and what is written of them."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 
 from mljax import predict
+from mljax.errors import UserError
 from mljax.prediction_files import Row, checked, find_images, writer
 
 
@@ -31,6 +34,30 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert found == ["/1.jpg", "/4.jpg", "/more/2.jpg", "/x/below/3.jpg"]
     # A folder that is a link itself.
     assert find_images(str(album / "x")) == [str(album / "x/below/3.jpg")]
+
+
+def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
+    """A variable of the shell that is not set."""
+    (tmp_path / "1.jpg").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert find_images(".") == ["1.jpg"]
+    with pytest.raises(UserError, match="--images is empty"):
+        find_images("")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "1.jpg").write_bytes(b"")
+    (tmp_path / "far").mkdir()
+    scandir = os.scandir
+
+    def broken(path):
+        if str(path).endswith("far"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(UserError, match="far: cannot be listed .Input/output error"):
+        find_images(str(tmp_path))
 
 
 def test_every_picture_of_a_folder_gets_a_row(tmp_path):

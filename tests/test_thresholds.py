@@ -223,6 +223,7 @@ def test_what_is_gained_is_measured_on_the_other_half():
         (["--recall", "0"], "error: --recall=0.0"),
         (["--beta", "nan"], "error: --beta=nan"),
         (["--splits", "0"], "--splits"),
+        (["--seed", "-1"], "error: --seed=-1"),
         (["--shrink", "-1"], "error: --shrink=-1.0"),
     ],
 )

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     config = program.read_config(args, _OF_GRAPH)
     if args.images_per_shard < 1:
         raise UserError(f"--images-per-shard={args.images_per_shard}: must be above 0")
+    if not args.output:
+        raise UserError("--output is empty: name a new folder")
     # Imported late: TensorFlow takes seconds, and a typing mistake is answered at once.
     from mljax.data import shards
 

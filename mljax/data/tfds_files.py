@@ -11,6 +11,8 @@ from mljax.data.decode import reason
 from mljax.data.shards import RECORD_OVERHEAD, read_record
 from mljax.errors import PIP, UserError
 
+_AT_ONCE = 8 << 20  # bytes of a request, where a file is read from end to end
+
 
 class Place(NamedTuple):
     """Where an example is: the number of its file, and bytes in it."""
@@ -77,8 +79,10 @@ class TFRecords:
             return tf.strings.length(record), some.deserialize_example(record)
 
         for number, part in enumerate(self._parts):
-            records = tf.data.TFRecordDataset(part.file).take(part.skip + part.take)
+            records = tf.data.TFRecordDataset(part.file, buffer_size=_AT_ONCE)
+            records = records.take(part.skip + part.take)
             records = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+            records = records.prefetch(tf.data.AUTOTUNE)
             start = 0
             try:
                 for i, (length, example) in enumerate(tfds.as_numpy(records)):
