@@ -231,15 +231,20 @@ def _measure(reference: "Predictor", found: Runs, source: "Source", name: str) -
     from mljax import metrics
     from mljax.data import pipeline
 
+    data = reference.config.data.copy_and_resolve_references()
+    data.on_error = "skip"
     batches = pipeline.eval_batches(
-        source, data_config=reference.config.data, batch_size=reference.batch_size
+        source, data_config=data, batch_size=reference.batch_size
     )
     labels, before, after = [], [], []
+    unreadable = 0
     for batch in batches:
         kept = batch["mask"] & batch["ok"]
+        unreadable += int((batch["mask"] & ~batch["ok"]).sum())
         labels.append(batch["labels"][kept])
         before.append(reference.probabilities(batch["image"])[kept])
         after.append(np.asarray(found(batch["image"])[0])[kept])
+    held_out.left_out(unreadable, len(source))
     truth = np.concatenate(labels)
     one, other = (
         100 * metrics.mean_average_precision(np.concatenate(p), truth)

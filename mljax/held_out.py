@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mljax import config as configs
-from mljax.errors import UserError
+from mljax.errors import UserError, complain
 
 if TYPE_CHECKING:
     from mljax.data.source import Source
@@ -23,6 +23,9 @@ def load(
             None: holdout where the run has one, else val.
         root: the folder of the data; None = where the run had it.
 
+    Images that cannot be read are among them: they are read with data.on_error "skip",
+    and `left_out` says how many they were.
+
     Raises:
         UserError: the data cannot be read, or has other classes than the checkpoint.
     """
@@ -35,6 +38,7 @@ def load(
         config.data.root = root
     if not config.data.root and config.data.name not in ("shapes", "tfds"):
         raise UserError("--root FOLDER must say where the data is")
+    config.data.on_error = "skip"
     configs.validate(config, chosen=())
     check_names(config)
     if which == "holdout" and not config.data.holdout:
@@ -67,3 +71,13 @@ def load(
                 "use --data val, or the data as it was"
             )
     return source, name
+
+
+def left_out(count: int, of: int) -> None:
+    """Says how many images could not be read; raises UserError where all could not."""
+    if count == of:
+        raise UserError(
+            "none of the held-out images can be read; --root names a folder"
+        )
+    if count:
+        complain(f"{count} of the {of} held-out images cannot be read and are left out")

@@ -227,10 +227,12 @@ def _scores(
     about = checkpoint.describe(step)
     source, name = held_out.load(about, args.data, args.root)
     config = configs.from_dict(about["config"])
+    config.data.on_error = "skip"
     configs.fit_devices(config, jax.device_count())
     run, variables, _ = results.best_weights(make_run(config, source.class_names), step)
     scores = run.scores({"best": variables}, source)["best"]
     read = ~np.isin(scores.places, scores.unreadable)
+    held_out.left_out(int((~read).sum()), len(read))
     logits = np.asarray(losses.logits(scores.outputs, config.loss))
     return source.class_names, logits[read], scores.labels[read], name
 

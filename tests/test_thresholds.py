@@ -10,6 +10,7 @@ from small_networks import SMALL
 from mljax import (
     checkpoint,
     decision,
+    export,
     held_out,
     operating_points,
     predict,
@@ -34,17 +35,18 @@ def small_networks(monkeypatch):
         monkeypatch.setitem(BACKBONES, name, make)
 
 
-def save_run(folder, num_val=48):
+def save_run(folder, num_val=48, names=CLASS_NAMES, **data):
     """A work directory as training leaves it, of 14 classes, with random weights."""
     config = configs.load("configs/shapes.py", "debug")
     config.model.backbone, config.data.num_val = "small_resnet", num_val
     config.eval.batch_size = 16
+    config.data.update(data)
 
-    run = make_run(config, list(CLASS_NAMES))
+    run = make_run(config, list(names))
     params, batch_stats = split(run.make_model())
     saves = checkpoint.Checkpoints(folder / "best")
     weights = {"params": params, "batch_stats": batch_stats}
-    about = {"config": config.to_dict(), "class_names": list(CLASS_NAMES)}
+    about = {"config": config.to_dict(), "class_names": list(names)}
     saves.save(5, weights, about)
     saves.close()
     return weights, about
@@ -191,6 +193,37 @@ def test_images_held_out_of_other_data_are_refused(tmp_path):
     assert held_out.load(about, "val", None)[0].names == sources.val.names
     del about["data"]  # a checkpoint of an older mljax
     held_out.load(about, "holdout", None)
+
+
+def test_photos_that_are_gone_since_the_run_are_left_out(tmp_path, capsys):
+    """Whatever the run did about them (data.on_error)."""
+    root, workdir = tmp_path / "photos", tmp_path / "run"
+    data_trees.tree(root, num_val=40)
+    save_run(workdir, names="abc", name="annotations", root=str(root), on_error="stop")
+    listed = json.loads((root / "val.json").read_text())
+    paths = [root / name for name, _ in listed["images"]]
+    paths[3].unlink()
+    paths[17].write_bytes(paths[17].read_bytes()[:40])
+    flags = ["--checkpoint", str(workdir), "--splits", "2"]
+    model = ["--format", "savedmodel", "--output", str(tmp_path / "model")]
+    for program, more in ((thresholds, flags), (export, flags[:2] + model)):
+        assert program.main([*more, "--data", "val"]) == 0
+        out, err = capsys.readouterr()
+        assert "2 of the 40 held-out images cannot be read and are left out" in err
+        assert "Traceback" not in err and "val" in out
+    found = decision.load(workdir / "best" / "5", "abc").thresholds
+
+    listed["images"] = [i for k, i in enumerate(listed["images"]) if k not in (3, 17)]
+    (root / "val.json").write_text(json.dumps(listed))
+    flags.append("--overwrite")
+    assert thresholds.main(flags) == 0
+    assert capsys.readouterr().err == ""
+    again = decision.load(workdir / "best" / "5", "abc").thresholds
+    np.testing.assert_array_equal(found, again)
+
+    for path in paths:
+        path.unlink(missing_ok=True)
+    assert "none of the held-out images can be read" in call(capsys, *flags)
 
 
 def test_what_is_gained_is_measured_on_the_other_half():
