@@ -77,7 +77,7 @@ def left_out(count: int, of: int) -> None:
     """Says how many images could not be read; raises UserError where all could not."""
     if count == of:
         raise UserError(
-            "none of the held-out images can be read; --root names a folder"
+            "none of the held-out images can be read; --root FOLDER says where they are"
         )
     if count:
         complain(f"{count} of the {of} held-out images cannot be read and are left out")
